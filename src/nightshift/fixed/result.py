@@ -1,0 +1,109 @@
+"""What a run leaves behind for others to read: training.json and result.json.
+
+`training.json` is written by pretrain (what it claims), `result.json` by evaluate (what is believed).
+A missing number is null, never 0. Standard library only: the research loop imports this file.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+STATUSES = ("ok", "crash", "timeout", "oom", "diverged", "invalid")
+
+TRAINING_FILE = "training.json"    # in the run's folder
+RESULT_FILE = "result.json"
+CURVE_FILE = "curve.jsonl"         # one JSON object a line: step, progress, elapsed_s, loss, ...
+CHECKPOINT_FOLDER = "checkpoint"
+SAMPLES_FILE = "samples.json"      # [{"prompt": ..., "completion": ...}]
+CONFIG_FILE = "config.yaml"        # the resolved config
+LOG_FILE = "run.log"
+
+
+@dataclass(kw_only=True)
+class Training:
+    """One training run, by the process that ran it."""
+
+    status: str
+    message: str | None = None             # one line: why it is not ok, and the next move
+    steps: int | None = None
+    tokens: int | None = None
+    train_s: float | None = None           # the budget's clock
+    total_s: float | None = None           # process start to checkpoint written
+    final_loss: float | None = None        # nats per token, mean of the last steps
+    tokens_per_s: float | None = None
+    peak_memory_gb: float | None = None
+    mfu: float | None = None               # share of the device's peak matmul speed; null where unknown
+    num_params: int | None = None
+    seed: int | None = None
+    config_digest: str | None = None
+    data_digest: str | None = None         # of the token manifest: corpus, filter, tokenizer
+    code: str | None = None                # folder that the code was imported from
+    commit: str | None = None
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Result:
+    """A scored run. `val_bpb` is set if and only if `status` is ok."""
+
+    status: str
+    message: str | None = None
+    val_bpb: float | None = None           # bits per byte of raw val text; lower is better
+    num_bytes: int | None = None           # raw bytes scored
+    num_tokens: int | None = None          # predictions scored
+    eval_s: float | None = None
+    weights_sha256: str | None = None
+    training: Training | None = None
+
+    def __post_init__(self):
+        if self.status not in STATUSES:
+            raise ValueError(f"status ({self.status!r}) must be one of {', '.join(STATUSES)}")
+        if (self.status == "ok") != (self.val_bpb is not None):
+            raise ValueError(f"a result has val_bpb if and only if its status is ok; got {self.status}, {self.val_bpb}")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Whole or not at all: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        json.dump(value if not hasattr(value, "__dataclass_fields__") else asdict(value), file,
+                  indent=1, ensure_ascii=False, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _build(kind, values: dict[str, Any], path: Path):
+    unknown = set(values) - {f.name for f in fields(kind)}
+    if unknown:
+        raise ValueError(f"{path}: unknown field {sorted(unknown)[0]!r}; it was written by other code")
+    return kind(**values)
+
+
+def read_training(path: Path) -> Training:
+    return _build(Training, json.loads(path.read_text(encoding="utf-8")), path)
+
+
+def read_result(path: Path) -> Result:
+    """Raises ValueError for anything that is not a whole result."""
+    values = json.loads(path.read_text(encoding="utf-8"))
+    training = values.pop("training", None)
+    result = _build(Result, values, path)
+    result.training = _build(Training, training, path) if training else None
+    return result
+
+
+def read_curve(path: Path) -> list[dict[str, Any]]:
+    """The points of a curve file; a line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    points = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            points.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return points
