@@ -1,0 +1,137 @@
+"""The nouns of a study, and the append-only journal that is its truth.
+
+One JSON line a trial. The append, synced to disk, is the moment a trial exists: killed before it,
+the trial is run again; killed after it, the study goes on with the next. Everything else (git refs,
+MLflow, the report) follows the journal and can be made again from it.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(kw_only=True)
+class Edit:
+    """One search-and-replace. `search` occurs exactly once in the file at `path`."""
+
+    path: str
+    search: str
+    replace: str
+
+
+@dataclass(kw_only=True)
+class Proposal:
+    """What to try and why: Hydra values, code edits, or both."""
+
+    title: str
+    hypothesis: str                                      # one sentence
+    source: str                                          # baseline | sampler | recipes | ...
+    overrides: dict[str, Any] = field(default_factory=dict)   # {"optim.matrix_lr": 0.03}
+    edits: list[Edit] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        """baseline, config or code."""
+        return "code" if self.edits else "config" if self.overrides else "baseline"
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One seed of a trial: the numbers of its result.json that the journal keeps."""
+
+    seed: int
+    status: str
+    message: str | None = None
+    val_bpb: float | None = None
+    steps: int | None = None
+    tokens: int | None = None
+    train_s: float | None = None
+    wall_s: float | None = None
+    tokens_per_s: float | None = None
+    peak_memory_gb: float | None = None
+    mfu: float | None = None
+    num_params: int | None = None
+    folder: str | None = None                            # relative to the study's folder
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One proposal, run and judged."""
+
+    number: int
+    proposal: Proposal
+    parent: int | None                                   # trial that it started from
+    status: str                                          # what happened: ok crash timeout oom diverged invalid
+    decision: str                                        # what we did: keep | discard
+    reason: str                                          # in words, with the numbers
+    val_bpb: float | None = None                         # mean over the seeds that ran
+    gain: float | None = None                            # parent's val_bpb minus ours, same seeds; > 0 is better
+    runs: list[Run] = field(default_factory=list)
+    commit: str | None = None                            # the code and config that ran
+    digest: str | None = None                            # of resolved config and editable code
+    data_digest: str | None = None
+    lines_added: int = 0
+    lines_removed: int = 0
+    started_at: str = ""                                 # UTC, ISO 8601
+    wall_s: float | None = None
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run.seed for run in self.runs]
+
+
+class Journal:
+    """Trials in order; trial n is line n."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.trials: list[Trial] = []
+        if path.exists():
+            self._read()
+
+    def _read(self) -> None:
+        data = self.path.read_bytes()
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data):                       # a kill in mid-append: that trial never existed
+            with open(self.path, "r+b") as file:
+                file.truncate(len(whole))
+        for number, line in enumerate(whole.decode("utf-8").splitlines()):
+            trial = trial_from_json(json.loads(line))
+            if trial.number != number:
+                raise ValueError(f"{self.path}: line {number + 1} holds trial {trial.number}; the journal was edited")
+            self.trials.append(trial)
+
+    def append(self, trial: Trial) -> None:
+        if trial.number != len(self.trials):
+            raise ValueError(f"trial {trial.number} cannot follow {len(self.trials)} trials")
+        line = json.dumps(asdict(trial), ensure_ascii=False, allow_nan=False) + "\n"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "ab") as file:
+            file.write(line.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        self.trials.append(trial)
+
+    def __len__(self) -> int:
+        return len(self.trials)
+
+    @property
+    def incumbent(self) -> Trial | None:
+        """The last kept trial: the parent of the next."""
+        return next((t for t in reversed(self.trials) if t.decision == "keep"), None)
+
+    @property
+    def lineage(self) -> list[Trial]:
+        """Kept trials from the baseline to the incumbent."""
+        return [t for t in self.trials if t.decision == "keep"]
+
+
+def proposal_from_json(values: dict[str, Any]) -> Proposal:
+    return Proposal(**{**values, "edits": [Edit(**e) for e in values["edits"]]})
+
+
+def trial_from_json(values: dict[str, Any]) -> Trial:
+    return Trial(**{**values, "proposal": proposal_from_json(values["proposal"]),
+                    "runs": [Run(**r) for r in values["runs"]]})
