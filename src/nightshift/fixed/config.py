@@ -167,6 +167,7 @@ class Budget(Group):
     kind: Literal["seconds", "tokens", "steps"]
     amount: float = Field(gt=0)
     wall_limit_s: float = Field(gt=0)         # hard kill of the process tree, evaluation not included
+    replay: str | None                        # a run's folder: take its steps and schedule, not the clock
 
     @model_validator(mode="after")
     def _wall_limit_leaves_room(self):
