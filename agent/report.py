@@ -1,0 +1,347 @@
+"""The morning report of a study: chart, table, summary. Made from the journal alone.
+
+nightshift report first      # -> outputs/studies/first/report/
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from agent.journal import Journal, Trial
+from agent.tracking import Mirror, number, read_identity, read_settings
+from nightshift.fixed.config import ROOT, ConfigError, Tracking, nearest
+from nightshift.fixed.tracking import load_tracking, open_store
+
+STUDIES = ROOT / "outputs/studies"
+CHART_FILES = ("progress.png", "progress.svg")
+TABLE_FILE = "results.tsv"
+SUMMARY_FILE = "summary.md"
+
+# Okabe and Ito's palette: these stay apart for every kind of colour vision.
+KEPT, DISCARDED, FAILED, BAND = "#0072B2", "#999999", "#D55E00", "#56B4E9"
+LABEL_CHARS = 28
+
+# autoresearch's columns, in its order, then ours. Its `status` is keep, discard or crash.
+COLUMNS = (
+    "commit", "val_bpb", "memory_gb", "status", "description",
+    "trial", "decision", "run_status", "gain", "parent", "source", "change", "seeds", "steps",
+    "tokens", "tokens_per_s", "mfu", "num_params", "train_s", "wall_s", "lines_added",
+    "lines_removed", "started_at", "hypothesis", "reason",
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="nightshift report", description=__doc__.splitlines()[0])
+    parser.add_argument("study", help="name of the study")
+    args = parser.parse_args(argv)
+    try:
+        study_folder = find_study(args.study, STUDIES)
+        journal = Journal(study_folder / "journal.jsonl")
+        folder = write_report(study_folder, journal, read_settings(study_folder))
+    except ValueError as error:  # ConfigError and a damaged journal
+        print(error, file=sys.stderr)
+        return 1
+    print(f"report: {folder / SUMMARY_FILE}")
+    attach(study_folder, args.study, folder)
+    return 0
+
+
+def find_study(name: str, studies: Path) -> Path:
+    """The study's folder; a ConfigError names the studies that exist."""
+    known = sorted(path.parent.name for path in studies.glob("*/journal.jsonl"))
+    if name in known:
+        return studies / name
+    if not known:
+        raise ConfigError(f"study ({name}): there is none yet in {studies}. Run: nightshift study")
+    raise ConfigError(
+        f"study ({name}): there is no such study.{nearest(name, known)} Studies: {', '.join(known)}"
+    )
+
+
+def attach(study_folder: Path, name: str, report: Path) -> None:
+    """The report on the study's MLflow run, if it has one; a tracker that is down is one line."""
+    identity = read_identity(study_folder)
+    if not identity:
+        return
+    tracking = Tracking(
+        **{
+            **load_tracking().model_dump(),
+            "uri": identity["uri"],
+            "experiment": identity["experiment"],
+        }
+    )
+    try:
+        mirror = Mirror(open_store(tracking), name, study_folder)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return
+    mirror.attach()
+    mirror.attach_report(report)
+
+
+def write_report(study_folder: Path, journal: Journal, settings: dict[str, Any]) -> Path:
+    """Write progress.png, progress.svg, results.tsv and summary.md; returns their folder."""
+    folder = Path(study_folder) / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not journal.trials:
+        raise ConfigError(f"{journal.path}: no trial yet; the report needs at least the baseline")
+    name = settings.get("name") or Path(study_folder).name
+    draw_progress(journal, settings.get("sigma"), name, [folder / file for file in CHART_FILES])
+    (folder / TABLE_FILE).write_text(results_tsv(journal), encoding="utf-8")
+    (folder / SUMMARY_FILE).write_text(summary(journal, settings, name), encoding="utf-8")
+    return folder
+
+
+# -- chart ---------------------------------------------------------------------------------------
+
+
+def draw_progress(journal: Journal, sigma: float | None, name: str, paths: list[Path]) -> None:
+    """Every trial by number; the kept ones joined, two sigma of noise around the incumbent."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    trials = journal.trials
+    figure, axes = plt.subplots(figsize=(10, 5.2), layout="constrained")
+    floor, ceiling = _limits(trials, journal.lineage, sigma)
+    axes.set_ylim(floor, ceiling)
+    axes.set_xlim(-0.6, len(trials) - 0.4 + max(1.5, 0.12 * len(trials)))
+    if journal.lineage:
+        _draw_incumbent(axes, journal.lineage, len(trials), sigma)
+    _draw_discarded(axes, trials, ceiling)
+    _draw_failed(axes, trials)
+    axes.set_xlabel("trial")
+    axes.set_ylabel("val_bpb (bits per byte, lower is better)")
+    axes.set_title(_headline(journal, name), loc="left", fontsize=11)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=6, frameon=False, fontsize=9)
+    for path in paths:
+        figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def _limits(trials: list[Trial], kept: list[Trial], sigma: float | None) -> tuple[float, float]:
+    """Room for the lineage and its labels; trials far above it are drawn at the top edge."""
+    numbers = [t.val_bpb for t in trials if t.val_bpb is not None] or [0.0, 1.0]
+    low, baseline = min(numbers), kept[0].val_bpb if kept else max(numbers)
+    span = max(baseline - low, 6 * (sigma or 0), 1e-3)
+    return low - 0.15 * span, baseline + 0.75 * span
+
+
+def _draw_incumbent(axes, kept: list[Trial], num_trials: int, sigma: float | None) -> None:
+    x = [t.number for t in kept] + [num_trials - 0.4]
+    y = [t.val_bpb for t in kept] + [kept[-1].val_bpb]
+    if sigma:
+        low, high = [v - 2 * sigma for v in y], [v + 2 * sigma for v in y]
+        axes.fill_between(
+            x, low, high, step="post", color=BAND, alpha=0.2, linewidth=0, label="noise (2 sigma)"
+        )
+    axes.step(x, y, where="post", color=KEPT, linewidth=1.6, label="incumbent")
+    axes.plot(x[:-1], y[:-1], "o", color=KEPT, markersize=7, label="kept")
+    for trial in kept:
+        axes.annotate(
+            _short(trial.proposal.title),
+            (trial.number, trial.val_bpb),
+            rotation=28,
+            xytext=(5, 6),
+            textcoords="offset points",
+            fontsize=8.5,
+            color="#222222",
+        )
+
+
+def _draw_discarded(axes, trials: list[Trial], ceiling: float) -> None:
+    seen = [t for t in trials if t.val_bpb is not None and t.decision == "discard"]
+    inside = [t for t in seen if t.val_bpb <= ceiling]
+    beyond = [t for t in seen if t.val_bpb > ceiling]
+    axes.plot(
+        [t.number for t in inside],
+        [t.val_bpb for t in inside],
+        "o",
+        color=DISCARDED,
+        markersize=5,
+        label="discarded",
+    )
+    if beyond:
+        axes.plot(
+            [t.number for t in beyond],
+            [0.975] * len(beyond),
+            "^",
+            color=DISCARDED,
+            markersize=6,
+            transform=axes.get_xaxis_transform(),
+            label="discarded, above",
+        )
+
+
+def _draw_failed(axes, trials: list[Trial]) -> None:
+    failed = [t for t in trials if t.status != "ok"]
+    if failed:
+        axes.plot(
+            [t.number for t in failed],
+            [0.975] * len(failed),
+            "x",
+            color=FAILED,
+            markersize=7,
+            markeredgewidth=1.8,
+            transform=axes.get_xaxis_transform(),
+            label="not ok",
+        )
+    for trial in failed:
+        axes.annotate(
+            trial.status,
+            (trial.number, 0.975),
+            xycoords=axes.get_xaxis_transform(),
+            xytext=(0, -8),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=7,
+            color=FAILED,
+            rotation=90,
+        )
+
+
+def _headline(journal: Journal, name: str) -> str:
+    kept = journal.lineage
+    counts = f"{len(journal)} trials, {len(kept)} kept"
+    if not kept:
+        return f"{name}: {counts}"
+    return f"{name}: {kept[0].val_bpb:.4f} -> {kept[-1].val_bpb:.4f} bits per byte, {counts}"
+
+
+def _short(title: str) -> str:
+    return title if len(title) <= LABEL_CHARS else title[: LABEL_CHARS - 3].rstrip() + "..."
+
+
+# -- table ---------------------------------------------------------------------------------------
+
+
+def results_tsv(journal: Journal) -> str:
+    """One line a trial; a missing number is empty, never 0."""
+    lines = ["\t".join(COLUMNS)]
+    for trial in journal.trials:
+        row = _row(trial)
+        lines.append("\t".join(_cell(row[name]) for name in COLUMNS))
+    return "\n".join(lines) + "\n"
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    first = trial.runs[0] if trial.runs else None
+    row = {
+        name: getattr(first, name, None)
+        for name in ("steps", "tokens", "tokens_per_s", "mfu", "num_params", "train_s")
+    }
+    return row | {
+        "commit": (trial.commit or "")[:7],
+        "val_bpb": trial.val_bpb,
+        "memory_gb": first.peak_memory_gb if first else None,
+        "status": trial.decision if trial.status == "ok" else "crash",
+        "description": trial.proposal.title,
+        "trial": trial.number,
+        "decision": trial.decision,
+        "run_status": trial.status,
+        "gain": trial.gain,
+        "parent": trial.parent,
+        "source": trial.proposal.source,
+        "change": trial.proposal.kind,
+        "seeds": " ".join(map(str, trial.seeds)),
+        "wall_s": trial.wall_s,
+        "lines_added": trial.lines_added,
+        "lines_removed": trial.lines_removed,
+        "started_at": trial.started_at,
+        "hypothesis": trial.proposal.hypothesis,
+        "reason": trial.reason,
+    }
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6f}" if abs(value) < 100 else f"{value:.1f}"
+    return "" if value is None else " ".join(str(value).split())
+
+
+# -- summary -------------------------------------------------------------------------------------
+
+
+def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
+    kept = journal.lineage
+    parts = [
+        f"# Study {name}",
+        _opening(journal, settings.get("sigma")),
+        "![progress](progress.png)",
+    ]
+    if kept:
+        parts += ["## Kept", _table(kept, ("trial", "val_bpb", "gain", "what", "hypothesis"))]
+    parts += [
+        "## All trials",
+        _table(journal.trials, ("trial", "val_bpb", "gain", "decision", "what", "reason")),
+    ]
+    failed = [trial for trial in journal.trials if trial.status != "ok"]
+    if failed:
+        parts += ["## What failed, and why", "\n".join(_failure(trial) for trial in failed)]
+    parts += ["## Reproduce", _reproduce(settings, name, kept)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _opening(journal: Journal, sigma: float | None) -> str:
+    kept = journal.lineage
+    counts = f"{len(journal)} trials, {len(kept)} kept."
+    noise = "" if sigma is None else f" Noise of one seed: sigma {sigma:.4f}."
+    if not kept:
+        return counts + noise
+    baseline, best = kept[0].val_bpb, kept[-1].val_bpb
+    return (
+        f"Baseline {baseline:.4f} -> best {best:.4f} bits per byte: "
+        f"gain {baseline - best:+.4f} ({(baseline - best) / baseline:+.1%}). {counts}{noise}"
+    )
+
+
+def _table(trials: list[Trial], columns: tuple[str, ...]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for trial in trials:
+        cells = {
+            "trial": number(trial),
+            "val_bpb": trial.status if trial.val_bpb is None else f"{trial.val_bpb:.4f}",
+            "gain": "" if trial.gain is None else f"{trial.gain:+.4f}",
+            "decision": trial.decision,
+            "what": trial.proposal.title,
+            "hypothesis": trial.proposal.hypothesis,
+            "reason": trial.reason,
+        }
+        lines.append("| " + " | ".join(_markdown(cells[name]) for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def _failure(trial: Trial) -> str:
+    messages = [run.message for run in trial.runs if run.message]
+    why = messages[0] if messages else trial.reason
+    return f"- {number(trial)} {_markdown(trial.proposal.title)}: {trial.status}. {_markdown(why)}"
+
+
+def _reproduce(settings: dict[str, Any], name: str, kept: list[Trial]) -> str:
+    branch = settings.get("branch") or f"study/{name}"
+    lines = ["```", f"git checkout {branch} && dvc repro", "```"]
+    if base := settings.get("base_commit"):
+        lines += ["", f"Against the baseline: `git diff {base[:7]} {branch}`."]
+    if kept:
+        lines += [
+            "",
+            f"Trial {number(kept[-1])} is its head; discarded trials stay under "
+            f"`refs/trials/{name}/<number>`.",
+        ]
+    return "\n".join(lines)
+
+
+def _markdown(text: str) -> str:
+    """One table cell: no line breaks, no cell ends."""
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
