@@ -1,8 +1,8 @@
 """Documents -> flat files of token ids -> batches.
 
-A split is one stream of uint16, little-endian: bos, document, bos, document, ... Batches are windows
-of the stream, without padding. Only train passes the filter; documents lie in an order that follows
-from a hash of their content.
+A split is one stream of uint16, little-endian: bos, document, bos, document, ... Batches are
+windows of the stream, without padding. Only train passes the filter; documents lie in an order that
+follows from a hash of their content.
 """
 
 import hashlib
@@ -41,8 +41,8 @@ def stage(config: Config) -> None:
 class Batches:
     """Windows of a token stream, in an order that follows from the seed.
 
-    Each epoch is a permutation of the windows [offset + i * T, offset + (i + 1) * T], i < num_windows,
-    with an offset of its own. Any batch can be asked for at any time: resuming needs only its index.
+    An epoch is a permutation of the windows that begin at offset + i * T, i < num_windows, with an
+    offset of its own. Any batch can be had at any time: resuming needs only its index.
     """
 
     def __init__(self, folder: Path, split: str, seq_len: int, micro_batch_size: int, seed: int):
@@ -59,7 +59,7 @@ class Batches:
         self._starts_of_epoch = lru_cache(maxsize=2)(self._shuffled_starts)
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """Micro-batch number `index` of an endless sequence: x, y int64 (B, T), y one ahead of x."""
+        """Micro-batch `index` of an endless sequence: x, y int64 (B, T), y one ahead of x."""
         samples = index * self.micro_batch_size + np.arange(self.micro_batch_size)
         epochs, positions = np.divmod(samples, self.num_windows)
         starts = np.empty_like(samples)
@@ -69,9 +69,9 @@ class Batches:
         return self._gather(starts)
 
     def in_order(self, max_tokens: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Micro-batches over the whole stream once, first to last; the tail of a window is left out.
+        """Micro-batches over the whole stream once, first to last; the last one may be smaller.
 
-        With `max_tokens`, windows spread evenly over the stream. The last micro-batch may be smaller.
+        With `max_tokens`, windows spread evenly over the stream. The tail is left out.
         """
         total = (len(self.tokens) - 1) // self.seq_len
         count = total if max_tokens is None else min(total, max(1, max_tokens // self.seq_len))

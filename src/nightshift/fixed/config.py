@@ -196,6 +196,7 @@ class Runtime(Group):
     dev_bytes: int = Field(ge=1000)           # of dev text for each of them
     save_every_s: float = Field(gt=0)
     progress_bar: bool
+    evaluate: bool                            # score the checkpoint at the end, in a process of its own
     cache_dir: str                            # corpora, tokenizers and tokens, by content key
     shared_cache_dir: str | None              # read-only second place to look (a trial reads the study's)
 

@@ -27,6 +27,7 @@ class Training:
 
     status: str
     message: str | None = None             # one line: why it is not ok, and the next move
+    interrupted: bool = False              # by SIGINT or SIGTERM; the checkpoint can be resumed
     steps: int | None = None
     tokens: int | None = None
     train_s: float | None = None           # the budget's clock

@@ -1,7 +1,7 @@
 """Byte-level BPE: trained with rustbpe on the train split, used through tiktoken.
 
 Stored as data, never as a pickle: `ranks.tiktoken` (a line for each token: its bytes in base64 and
-its id) and `tokenizer.json` (split pattern, special tokens, size). Ids: 256 bytes, merges, specials.
+its id) and `tokenizer.json` (split pattern, special tokens, size). Ids: bytes, merges, specials.
 
 Every string that UTF-8 can encode comes back exactly: `encode` counts the bytes of its tokens and
 raises when the split pattern lost some. Strings that look like special tokens are ordinary text.
@@ -42,11 +42,14 @@ FORMAT = 1
 RANKS_FILE = "ranks.tiktoken"
 SETTINGS_FILE = "tokenizer.json"
 
-# A split pattern sees at most this much at once: its backtracking overflows the regex engine's stack
-# on a run of a million spaces, and the time of BPE grows faster than the length of a word.
+# The split pattern sees at most this much at once: on a run of a million spaces its backtracking
+# overflows the regex engine's stack (of 100,000 it does not).
 CHUNK_CHARS = 32_768
-TRAIN_CHUNK_CHARS = 2_048  # each merge walks whole words, so words without end are cut short
-PROBE = "Ab cd'll ÄßÑ 漢字 ไทย e\u0301 123 45,6.7 !? -- «»\t\r\n\n  x\n \u00a0\u2028\x00\x7f\ufffd 🙂👩‍👩‍👧"
+TRAIN_CHUNK_CHARS = 2_048  # a merge walks whole words: no endless ones
+PROBE = (  # letters, marks, digits, punctuation, white space, control characters, emoji
+    "Ab cd'll \u00c4\u00df\u6f22\u5b57 \u0e44\u0e17\u0e22 e\u0301 123 45,6.7 !? -- \u00ab\u00bb"
+    "\t\r\n\n  x\n \u00a0\u2028\x00\x7f\ufffd \U0001f642\U0001f469\u200d\U0001f467"
+)
 
 
 class Tokenizer:
@@ -71,13 +74,16 @@ class Tokenizer:
             num_bytes = len(text.encode())
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"character {error.start} of the text (U+{ord(text[error.start]):04X}) is half of a "
-                "surrogate pair and has no UTF-8 bytes. Decode the text with errors='replace'"
+                f"character {error.start} of the text (U+{ord(text[error.start]):04X}) is half of "
+                "a surrogate pair and has no UTF-8 bytes. Decode the text with errors='replace'"
             ) from None
-        parts = [
-            self._encoding.encode_to_numpy(chunk, disallowed_special=())
-            for chunk in _chunks(text, CHUNK_CHARS)
-        ]
+        try:
+            parts = [
+                self._encoding.encode_to_numpy(chunk, disallowed_special=())
+                for chunk in _chunks(text, CHUNK_CHARS)
+            ]
+        except ValueError as error:  # the regex engine gave up
+            raise ConfigError(f"tokenizer.split_pattern ({self.pattern!r}): {error}") from None
         ids = np.concatenate(parts).astype(np.uint16)
         if self._num_bytes[ids].sum() != num_bytes:
             raise ConfigError(_what_is_lost(self.pattern, text))
@@ -155,10 +161,10 @@ def train(texts: Iterable[str], settings: knobs.Tokenizer) -> Tokenizer:
     trainer.train_from_iterator(pieces, vocab_size=num_ranks, pattern=settings.split_pattern)
     ranks = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     if len(ranks) < num_ranks:
+        most = len(ranks) + len(SPECIAL_TOKENS)
         raise ConfigError(
-            f"tokenizer.vocab_size ({settings.vocab_size}): the training text gives only "
-            f"{len(ranks) - 256} merges. Set tokenizer.vocab_size={len(ranks) + len(SPECIAL_TOKENS)} "
-            "or less, or use more text"
+            f"tokenizer.vocab_size ({settings.vocab_size}): the training text cut by split_pattern "
+            f"gives only {len(ranks) - 256} merges. Set tokenizer.vocab_size={most} or less, or use more text"
         )
     return Tokenizer(ranks, settings.split_pattern)
 
