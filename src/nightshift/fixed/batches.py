@@ -55,7 +55,7 @@ class Batches:
                 f"{seq_len + 1} are needed. Lower model.seq_len, use more text or a milder filter"
             )
         self.num_windows = max(1, (spare + 1) // seq_len)
-        self.num_offsets = min(seq_len, len(self.tokens) - self.num_windows * seq_len)
+        self.num_offsets = len(self.tokens) - self.num_windows * seq_len
         self._starts_of_epoch = lru_cache(maxsize=2)(self._shuffled_starts)
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:

@@ -164,7 +164,8 @@ def train(texts: Iterable[str], settings: knobs.Tokenizer) -> Tokenizer:
         most = len(ranks) + len(SPECIAL_TOKENS)
         raise ConfigError(
             f"tokenizer.vocab_size ({settings.vocab_size}): the training text cut by split_pattern "
-            f"gives only {len(ranks) - 256} merges. Set tokenizer.vocab_size={most} or less, or use more text"
+            f"gives only {len(ranks) - 256} merges. "
+            f"Set tokenizer.vocab_size={most} or less, or use more text"
         )
     return Tokenizer(ranks, settings.split_pattern)
 
