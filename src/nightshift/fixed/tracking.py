@@ -27,7 +27,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +50,16 @@ NOT_PARAMS = (  # paths, addresses, ids: the same for all runs, or of no meaning
     "runtime.progress_bar",
 )
 VIEW = "nightshift"  # key of the saved view of the runs table
-VIEW_COLUMNS = (
-    "metrics.`val_bpb`",
-    "metrics.`gain`",
-    "tags.`status`",
-    "tags.`decision`",
-    "tags.`change`",
-    "metrics.`tokens_per_s`",
-    "metrics.`steps`",
-    "attributes.`Description`",
-)
+VIEW_COLUMNS = {  # with their widths in pixels
+    "metrics.`val_bpb`": 95,
+    "metrics.`gain`": 95,
+    "tags.`decision`": 90,
+    "tags.`status`": 90,
+    "tags.`change`": 90,
+    "metrics.`steps`": 80,
+    "metrics.`tokens_per_s`": 110,
+    "attributes.`Description`": 330,
+}
 
 
 class TrackingError(ConfigError):
@@ -190,12 +190,10 @@ def _open(uri: str, experiment: str, artifacts: str | None):
     if found is None:
         try:
             client.create_experiment(experiment, artifact_location=artifacts)
-        except MlflowException:  # a server has no lock: another process was faster
-            pass
+        except MlflowException as error:  # a server has no lock: another process was faster
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
         found = client.get_experiment_by_name(experiment)
-        client.set_experiment_tag(
-            found.experiment_id, f"mlflow.sharedViewState.{VIEW}", _saved_view()
-        )
     if found.lifecycle_stage != "active":
         raise TrackingError(
             f"tracking.experiment ({experiment}): it was deleted in MLflow; "
@@ -204,11 +202,13 @@ def _open(uri: str, experiment: str, artifacts: str | None):
     return client, found.experiment_id
 
 
-def _saved_view() -> str:
-    """Our columns for the runs table. The format is MLflow 3's own and undocumented."""
+def saved_view() -> str:
+    """Our columns for the runs table. MLflow 3's own format, undocumented, read off its page."""
     state = {
         "selectedColumns": list(VIEW_COLUMNS),
-        "orderByKey": "attributes.start_time",
+        "columnOrder": ["attributes.`Run Name`", *VIEW_COLUMNS, "runDateAndNestInfo", "duration"],
+        "columnWidths": VIEW_COLUMNS | {"attributes.`Run Name`": 260},
+        "orderByKey": "attributes.start_time",  # any other order shows a flat list
         "orderByAsc": False,
         "searchFilter": "",
     }
@@ -264,9 +264,17 @@ class Store:
                 run_name=name,
             )
         log = RunLog(self, run.info.run_id, run.info.start_time, strict)
+        if kind in ("study", "sweep"):
+            self._save_view()
         if watched:
             watch(self.uri, log.run_id)
         return log
+
+    def _save_view(self) -> None:
+        """A comfort: a refusal is not worth a word."""
+        with suppress(TrackingError), reported(self.uri):
+            key = f"mlflow.sharedViewState.{VIEW}"
+            self.client.set_experiment_tag(self.experiment_id, key, saved_view())
 
     def attach(self, run_id: str | None, strict: bool = False) -> "RunLog":
         """A log for a run that exists; it is neither reopened nor watched."""
