@@ -4,6 +4,7 @@ import torch
 from data_config import folder_config, sentence, write_texts
 
 from nightshift.fixed import batches, corpus, store
+from nightshift.fixed import tokenizer as tokenizer_module
 from nightshift.fixed.batches import Batches
 from nightshift.fixed.config import ConfigError
 from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
@@ -152,3 +153,19 @@ def test_random_access_into_a_stream_larger_than_memory_reads_only_its_windows(t
         file.truncate(4_000_000_000)  # sparse: two thousand million tokens
     data = Batches(tmp_path, "train", 2048, 4, seed=1)
     assert data.batch(10**9)[0].shape == (4, 2048)
+
+
+def test_the_stages_write_the_dvc_outputs_and_later_runs_find_them(texts_folder, monkeypatch):
+    root = texts_folder / "checkout"
+    for module in (store, corpus, tokenizer_module, batches):
+        monkeypatch.setattr(module, "ROOT", root)
+    config = folder_config(texts_folder, runtime__cache_dir="unused")
+    for module in (corpus, tokenizer_module, batches):
+        module.stage(config)
+    assert batches.ensure_tokens(config) == root / "data" / "tokens"
+    assert sorted(path.name for path in root.iterdir()) == ["data"]
+    assert sorted(path.name for path in (root / "data").iterdir()) == [
+        "corpus",
+        "tokenizer",
+        "tokens",
+    ]

@@ -1,7 +1,11 @@
 import hashlib
+import http.server
 import json
+import os
 import random
+import subprocess
 import sys
+import threading
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -211,3 +215,127 @@ def test_the_hub_without_a_network_is_one_line(tmp_path, monkeypatch):
     config = make_config(tmp_path, corpus__source="hub", corpus__repo="someone/texts")
     message = refused(config)
     assert "someone/texts" in message and "corpus=folder" in message
+
+
+def test_a_repetitive_file_that_cannot_be_split_is_named(tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "long.txt").write_text("a" * 1_000_000)
+    assert "duplicates left out, the last in long.txt#" in refused(folder_config(tmp_path))
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's interface as a download needs; `files` and `requests` are shared."""
+
+    files: dict[str, bytes] = {}
+    requests: list[str] = []
+    commit = "c" * 40
+
+    def do_HEAD(self):
+        self.requests.append(f"{self.command} {self.path}")
+        if self.path.startswith("/api/datasets/someone/texts"):
+            siblings = [{"rfilename": name} for name in self.files]
+            facts = {"id": "someone/texts", "sha": self.commit, "siblings": siblings}
+            self.answer(json.dumps(facts).encode())
+        elif self.path.rsplit("/", 1)[-1] in self.files:
+            self.answer(self.files[self.path.rsplit("/", 1)[-1]])
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    do_GET = do_HEAD
+
+    def answer(self, body):
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", hashlib.sha256(body).hexdigest())
+        self.send_header("X-Repo-Commit", self.commit)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    for shard in range(3):
+        table = pa.table({"text": [sentence(100 * shard + i) for i in range(100)]})
+        pq.write_table(table, tmp_path / f"train-{shard}.parquet")
+    files = {path.name: path.read_bytes() for path in sorted(tmp_path.glob("*.parquet"))}
+    handler = type("Handler", (Hub,), {"files": files, "requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def read_hub(server, config):
+    """In a process of its own: the hub's address is read when its client is imported."""
+    program = (
+        "import sys; from nightshift.fixed import config, corpus\n"
+        "settings = config.Config.model_validate_json(sys.stdin.read())\n"
+        "try: print(corpus.ensure_corpus(settings))\n"
+        "except config.ConfigError as error: sys.exit(str(error))\n"
+    )
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        input=config.model_dump_json(),
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def hub_config(tmp_path, **overrides):
+    return make_config(
+        tmp_path,
+        corpus__source="hub",
+        corpus__repo="someone/texts",
+        corpus__num_shards=2,
+        **overrides,
+    )
+
+
+@pytest.mark.slow
+def test_the_first_shards_of_a_hub_dataset_are_downloaded_once(tmp_path, hub):
+    config = hub_config(tmp_path)
+    done = read_hub(hub, config)
+    assert done.returncode == 0, done.stderr
+    texts = all_texts(config)
+    assert sorted(texts) == sorted(sentence(i) for i in range(200))
+    manifest = store.read_manifest(corpus.ensure_corpus(config))
+    assert manifest["sources"][0] == {"name": "someone/texts", "commit": Hub.commit}
+    fewer = read_hub(hub, hub_config(tmp_path, corpus__max_documents=150))
+    assert fewer.returncode == 0, fewer.stderr
+    downloads = [line for line in hub.RequestHandlerClass.requests if line.startswith("GET /data")]
+    assert len(downloads) == 2
+
+
+@pytest.mark.slow
+def test_a_hub_dataset_that_is_not_there_is_one_line(tmp_path, hub):
+    config = hub_config(tmp_path)
+    config = config.model_copy(
+        update={"corpus": config.corpus.model_copy(update={"repo": "no/such"})}
+    )
+    done = read_hub(hub, config)
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "no/such" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_hub_that_does_not_answer_is_one_line(tmp_path, hub):
+    hub.shutdown()
+    hub.server_close()
+    done = read_hub(hub, hub_config(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1 and "cannot be downloaded" in done.stderr

@@ -96,7 +96,7 @@ def write_corpus(
 ) -> None:
     """`files` goes into the manifest last: it fills while the documents are read."""
     writers = {split: _SplitWriter(folder, split) for split in SPLITS}
-    skipped, seen = Counter(empty=0, duplicate=0), set()
+    skipped, seen, last_duplicate = Counter(empty=0, duplicate=0), set(), None
     for name, text in documents:
         if not text.strip():
             skipped["empty"] += 1
@@ -104,13 +104,14 @@ def write_corpus(
         digest = hashlib.sha256(text.encode()).digest()
         if digest[:16] in seen:
             skipped["duplicate"] += 1
+            last_duplicate = name
             continue
         seen.add(digest[:16])
         writers[split_of(digest, settings)].add(name, text, digest)
         if len(seen) == settings.max_documents:
             break
     splits = {split: writer.close() for split, writer in writers.items()}
-    _check_splits(splits, skipped, settings)
+    _check_splits(splits, skipped, last_duplicate, settings)
     store.write_manifest(
         folder,
         key,
@@ -179,13 +180,17 @@ class _SplitWriter:
             self.shards[-1]["sha256"] = store.sha256_file(self.folder / self.shards[-1]["file"])
 
 
-def _check_splits(splits: dict[str, Any], skipped: Counter, settings: knobs.Corpus) -> None:
+def _check_splits(
+    splits: dict[str, Any], skipped: Counter, last_duplicate: str | None, settings: knobs.Corpus
+) -> None:
     if all(splits[split]["documents"] for split in SPLITS):
         return
     counts = ", ".join(f"{split} {splits[split]['documents']}" for split in SPLITS)
+    left_out = f"{skipped['empty']} empty ones and {skipped['duplicate']} duplicates left out"
+    if last_duplicate is not None:
+        left_out += f", the last in {last_duplicate}"
     raise ConfigError(
-        f"the corpus is too small to split: documents in {counts} "
-        f"({skipped['duplicate']} duplicates and {skipped['empty']} empty ones left out). "
-        "Add documents, or raise corpus.dev_frac, val_frac and test_frac, "
+        f"the corpus is too small to split: documents in {counts} ({left_out}). "
+        "Add other documents, or raise corpus.dev_frac, val_frac and test_frac, "
         f"now {settings.dev_frac:g}, {settings.val_frac:g} and {settings.test_frac:g}"
     )

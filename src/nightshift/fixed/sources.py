@@ -140,20 +140,8 @@ def _hub_files(config: Config, files_read: list[dict[str, Any]]) -> Iterator[tup
         raise ConfigError(
             f"{label}: {type(error).__name__}: not there, or it needs `hf auth login`"
         ) from None
-    except (
-        errors.HfHubHTTPError,
-        errors.LocalEntryNotFoundError,
-        errors.OfflineModeIsEnabled,
-    ) as error:
+    except (errors.HTTPError, errors.LocalEntryNotFoundError, ConnectionError) as error:
         raise ConfigError(_no_network(label, error)) from None
-    except (ConnectionError, TimeoutError, _http_error()) as error:
-        raise ConfigError(_no_network(label, error)) from None
-
-
-def _http_error() -> type[Exception]:
-    import httpx
-
-    return httpx.HTTPError
 
 
 def _no_network(label: str, error: Exception) -> str:
