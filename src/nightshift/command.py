@@ -45,6 +45,9 @@ def explain(error: Exception, overrides: list[str]) -> str:
         key = (match.group(1) or match.group(2)).split("@")[0]
         given = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
         return f"{given}: there is no such key.{nearest(key, schema_keys(Config))}"
+    if "Ambiguous value for argument" in text:
+        wrong = next((o for o in overrides if o in text), overrides[0])
+        return f"{wrong}: several values need a multirun: add -m. A list is written key=[a,b]."
     if "mismatched input" in text or "no viable alternative" in text or "extraneous input" in text or "missing EQUAL" in text:
         wrong = next((o for o in overrides if o in text or "=" not in o), " ".join(overrides))
         return f"{wrong}: cannot be read. Write key=value, e.g. model.depth=6; quote values with spaces or commas."
@@ -88,10 +91,11 @@ def check_champion(overrides: list[str], conf: Path = CONF) -> None:
                               "and would win over it. Add trial=none to leave the accepted changes out")
 
 
-def run(job: Callable[[dict[str, Any]], int], config_name: str = "config", arguments: list[str] | None = None) -> int:
+def run(job: Callable[[dict[str, Any]], int], ready: Callable[[Config], None], arguments: list[str] | None = None) -> int:
     """Runs `job(values)` once, or once for each job of a multirun; returns the exit status.
 
-    `values` are plain and unchecked only in a multirun, where one bad job must not hide the others.
+    `ready(config)` looks for mistakes that need a look at the machine, before anything is written.
+    In a multirun the values of each job are left for the job to check: one bad job must not hide the others.
     """
     import hydra
     from hydra._internal.utils import get_args_parser
@@ -99,16 +103,22 @@ def run(job: Callable[[dict[str, Any]], int], config_name: str = "config", argum
 
     if arguments is not None:
         sys.argv = [sys.argv[0], *arguments]
-    given = get_args_parser().parse_args()
+    given, unknown = get_args_parser().parse_known_args()
+    if unknown:
+        print(f"{unknown[0]}: there is no such option. Options: --multirun (-m), --cfg job, --help. "
+              "Knobs are written key=value", file=sys.stderr)
+        return 2
     shows_only = any(argument.split("=")[0] in SHOWS_ONLY for argument in sys.argv[1:])
     try:
         if not any(a in ("--help", "-h", "--hydra-help", "--version") for a in sys.argv[1:]):
-            conf, name = _config_place(given, config_name)
+            conf, name = _config_place(given, "config")
             values = compose(name, [first_of_sweep(o) if given.multirun else o for o in given.overrides], conf)
             if conf == CONF:
                 check_champion(given.overrides)
             if not given.multirun:
-                check(_pipeline(values))
+                config = check(_pipeline(values))
+                if not shows_only:
+                    ready(config)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -118,7 +128,7 @@ def run(job: Callable[[dict[str, Any]], int], config_name: str = "config", argum
         codes.append(job(_pipeline(OmegaConf.to_container(config, resolve=True))))
         return codes[-1]
 
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(task)()
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     return 0 if shows_only else max(codes, default=1)
 
 

@@ -10,6 +10,7 @@ the evaluation in a process of its own, result.json.
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -38,7 +39,22 @@ EXIT_INTERRUPTED = 130
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return command.run(job, arguments=arguments)
+    return command.run(job, ready, arguments)
+
+
+def ready(config: Config) -> None:
+    """Mistakes that only this machine can show, before anything is written."""
+    from nightshift.fixed.budget import read_progress
+    from nightshift.fixed.checkpoint import read_config
+    from nightshift.fixed.machine import pick_device
+
+    if config.corpus.source == "folder" and not Path(config.corpus.path).exists():
+        raise ConfigError(f"corpus.path ({config.corpus.path}): no such file or folder; give where your texts are")
+    if config.resume is not None:
+        read_config(checkpoint_of(config.resume) / CONFIG_FILE)
+    if config.budget.replay is not None:
+        read_progress(Path(config.budget.replay))
+    pick_device(config.runtime)
 
 
 def job(values: dict[str, Any]) -> int:
@@ -78,6 +94,8 @@ def tracked_run(values: dict[str, Any], tracking: knobs.Tracking, folder: Path, 
         ended = "FINISHED" if ok else "KILLED" if training.interrupted else "FAILED"
         return 0 if ok else EXIT_INTERRUPTED if training.interrupted else 1
     except ConfigError as error:
+        if not (folder / CURVE_FILE).exists():      # nothing was trained: leave nothing behind
+            shutil.rmtree(folder, ignore_errors=True)
         log.tags({"status": "invalid"})
         log.describe(f"Not run: {error}")
         raise

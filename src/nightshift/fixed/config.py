@@ -288,7 +288,7 @@ def nearest(word: str, choices) -> str:
     """', nearest: x' or '' when nothing is close."""
     choices = [str(c) for c in choices]
     leaf = {c.rsplit(".", 1)[-1]: c for c in choices}
-    close = difflib.get_close_matches(word, choices, 1, 0.6)
+    close = difflib.get_close_matches(word, choices, 1, 0.75)
     close = close or [leaf[k] for k in difflib.get_close_matches(word.rsplit(".", 1)[-1], leaf, 1, 0.6)]
     return f" Nearest: {close[0]}." if close else ""
 
