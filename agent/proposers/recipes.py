@@ -1,0 +1,91 @@
+"""A library of known code changes: recipes/*.yaml, each tried at most once in a study.
+
+    title: squared ReLU -> GELU
+    hypothesis: One sentence that says why it should help.
+    edits:
+      - {path: src/nightshift/model.py, search: ..., replace: ...}
+    overrides: {model.mlp_ratio: 3}     # optional
+
+`search` occurs exactly once in the file. A recipe that no longer fits the incumbent's code is left
+out with a note; it is no trial.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from agent.journal import Edit, Proposal
+from agent.proposers import Context
+from nightshift.fixed.config import ConfigError
+
+FOLDER = Path(__file__).parent / "recipes"
+
+
+def propose(context: Context, folder: Path = FOLDER) -> Proposal | None:
+    tried = {t.proposal.title for t in context.journal.trials if t.proposal.source == "recipes"}
+    recipes = read_recipes(folder)
+    random.Random(f"recipes/{context.seed}").shuffle(recipes)
+    for recipe in recipes:
+        if recipe.title in tried:
+            continue
+        if misfit := _misfit(recipe, context):
+            context.note(f"recipe '{recipe.title}' left out: {misfit}")
+            continue
+        return recipe
+    return None
+
+
+def _misfit(recipe: Proposal, context: Context) -> str | None:
+    texts: dict[str, str] = {}
+    for edit in recipe.edits:
+        text = texts.get(edit.path) or context.read(edit.path)
+        if text is None:
+            return f"there is no {edit.path} at the incumbent"
+        if (count := text.count(edit.search)) != 1:
+            return f"its search text occurs {count} times in {edit.path} at the incumbent"
+        texts[edit.path] = text.replace(edit.search, edit.replace)  # the next edit sees this one
+    return None
+
+
+def read_recipes(folder: Path = FOLDER) -> list[Proposal]:
+    """In order of file names. Raises ConfigError that names the file that is not a recipe."""
+    recipes = [_recipe(path) for path in sorted(folder.glob("*.yaml"))]
+    titles = [recipe.title for recipe in recipes]
+    for title in titles:
+        if titles.count(title) > 1:
+            raise ConfigError(f"{folder}: two recipes have the title '{title}'; a title names one")
+    return recipes
+
+
+def _recipe(path: Path) -> Proposal:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _proposal(values)
+    except (yaml.YAMLError, TypeError, KeyError, ValueError, AttributeError) as error:
+        what = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
+        raise ConfigError(
+            f"{path} is not a recipe: {what}. It needs title, hypothesis and edits, each with "
+            "path, search and replace."
+        ) from None
+
+
+def _proposal(values: dict[str, Any]) -> Proposal:
+    unknown = set(values) - {"title", "hypothesis", "edits", "overrides"}
+    if unknown:
+        raise ValueError(f"unknown key '{sorted(unknown)[0]}'")
+    edits = [Edit(**edit) for edit in values["edits"]]
+    texts = [values["title"], values["hypothesis"]]
+    texts += [text for edit in edits for text in (edit.path, edit.search, edit.replace)]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a value that must be text is not; quote it")
+    if not edits or not all(edit.search for edit in edits):
+        raise ValueError("no edit, or an empty search text")
+    return Proposal(
+        title=" ".join(values["title"].split()),
+        hypothesis=" ".join(values["hypothesis"].split()),
+        source="recipes",
+        edits=edits,
+        overrides=values.get("overrides") or {},
+    )

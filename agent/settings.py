@@ -1,0 +1,210 @@
+"""The settings of a study: conf/study.yaml and the command line -> one checked `Plan`.
+
+The composed configuration has three parts: `study` and `space` belong to the loop and are checked
+here; the rest is the pipeline's configuration, which fixed/config.py checks as it does for any run.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from agent.proposers import mixed, recipes
+from nightshift.fixed.config import (
+    EDITABLE_GROUPS,
+    Config,
+    ConfigError,
+    Group,
+    check,
+    flatten,
+    nearest,
+)
+
+HARNESS_KEYS = ("parent_run_id", "run_name", "resume", "runtime", "tracking")  # not what is learned
+MAY_CHANGE = ("trials", "warm", "keep_checkpoints")  # when a study is started again
+
+
+class StudyError(RuntimeError):
+    """The study cannot start or go on; the message is one line that says why and the next move."""
+
+
+class Bounds(Group):
+    """What the sampler may do to one key: a range, or a list of values."""
+
+    low: int | float | None = None
+    high: int | float | None = None
+    log: bool = False  # equal steps are equal ratios
+    choices: list[Any] | None = None
+
+    @property
+    def rule_broken(self) -> str | None:
+        if self.choices is not None:
+            if self.low is not None or self.high is not None or self.log:
+                return "has both choices and a range; give {choices: [...]} or {low: ., high: .}"
+            if len(self.choices) < 2:
+                return f"has choices {self.choices}; there must be at least two to choose from"
+        elif self.low is None or self.high is None:
+            return "needs {low: ., high: .} or {choices: [...]}"
+        elif self.low >= self.high:
+            return f"has low {self.low} and high {self.high}; low must be below high"
+        elif self.log and self.low <= 0:
+            return f"has log: true and low {self.low}; a logarithmic range starts above 0"
+        return None
+
+
+class StudySettings(Group):
+    """How the pipeline is searched (conf/study.yaml)."""
+
+    name: str
+    trials: int = Field(ge=0)
+    seed: int = Field(ge=0)
+    baseline_seeds: list[int]
+    z: float = Field(ge=0, le=10)
+    sources: dict[str, float]
+    preflight_steps: int = Field(ge=1)
+    warm: bool
+    keep_checkpoints: bool
+
+    @field_validator("name")
+    @classmethod
+    def _name_fits_a_branch(cls, name):
+        # No '..' and no '.lock' at the end: git refuses them in a branch.
+        fits = re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,63}", name)
+        if not fits or ".." in name or name.endswith((".", ".lock")):
+            raise ValueError(
+                f"study.name ({name!r}) must be lower-case letters, digits, '.', '_' or '-', at "
+                "most 64, for it names a folder and a branch. Try: study.name=first"
+            )
+        return name
+
+    @field_validator("baseline_seeds")
+    @classmethod
+    def _seeds_repeat_the_baseline(cls, seeds):
+        if len(seeds) < 2 or len(set(seeds)) < len(seeds) or not all(0 <= s < 2**31 for s in seeds):
+            raise ValueError(
+                f"study.baseline_seeds ({seeds}) must be at least two different seeds from 0 up: "
+                "their spread is the noise. Try: study.baseline_seeds=[1,2,3]"
+            )
+        return seeds
+
+    @model_validator(mode="after")
+    def _sources_are_known(self):
+        for name, share in self.sources.items():
+            if name not in mixed.PROPOSERS:
+                raise ValueError(
+                    f"study.sources.{name}: there is no such source. Possible: "
+                    f"{', '.join(mixed.PROPOSERS)}.{nearest(name, mixed.PROPOSERS)}"
+                )
+            if share < 0:
+                raise ValueError(f"study.sources.{name} ({share:g}): a share must be at least 0")
+        if not sum(self.sources.values()):
+            raise ValueError("study.sources: at least one source needs a share above 0")
+        return self
+
+
+class _StudyPart(Group):
+    study: StudySettings
+    space: dict[str, Bounds]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A study as it was asked for."""
+
+    study: StudySettings
+    space: dict[str, Bounds]
+    config: Config
+
+    def as_json(self) -> dict[str, Any]:
+        """What settings.json keeps; a study that is started again must agree with it."""
+        return {
+            "study": self.study.model_dump(),
+            "space": {key: b.model_dump(exclude_defaults=True) for key, b in self.space.items()},
+            "config": self.config.model_dump(),
+        }
+
+
+def read_plan(conf: Path, overrides: list[str]) -> Plan:
+    """Raises ConfigError with a line for each mistake in any of the three parts."""
+    try:
+        values = compose(conf, "study", overrides)
+    except ConfigError as error:
+        raise ConfigError(_with_study_keys(str(error))) from None
+    part = {key: values.pop(key) for key in ("study", "space") if key in values}
+    mistakes = []
+    config = study = None
+    try:
+        config = check(values)
+    except ConfigError as error:
+        mistakes.append(str(error))
+    try:
+        study = check(part, _StudyPart)
+        mistakes += _mistakes_in_space(study.space)
+        recipes.read_recipes()
+    except ConfigError as error:
+        mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError("\n".join(mistakes))
+    return Plan(study=study.study, space=study.space, config=config)
+
+
+def _with_study_keys(message: str) -> str:
+    """Hydra's refusal of an unknown key, with the nearest of the study's own keys."""
+    if not message.endswith("there is no such key."):
+        return message
+    return message + nearest(message.split("=")[0], leaf_keys(_StudyPart) + leaf_keys(Config))
+
+
+def _mistakes_in_space(space: dict[str, Bounds]) -> list[str]:
+    editable = [key for key in leaf_keys(Config) if key.split(".")[0] in EDITABLE_GROUPS]
+    mistakes = []
+    for key, bounds in space.items():
+        if key in leaf_keys(Config) and key not in editable:
+            mistakes.append(
+                f"space.{key}: not editable, so it cannot be searched. "
+                f"Editable: keys of {', '.join(EDITABLE_GROUPS)}."
+            )
+        elif key not in editable:
+            mistakes.append(f"space.{key}: there is no such key.{nearest(key, editable)}")
+        elif bounds.rule_broken:
+            mistakes.append(f"space.{key} {bounds.rule_broken}.")
+    return mistakes
+
+
+def leaf_keys(schema: type[Group], prefix: str = "") -> list[str]:
+    """The keys that hold a value, dotted: 'optim.matrix_lr' but not 'optim'."""
+    keys = []
+    for name, field in schema.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, Group):
+            keys += leaf_keys(inner, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def differences(settings: dict[str, Any], plan: Plan) -> list[str]:
+    """Lines 'key: then -> now' where a study that is started again was asked for something else."""
+    then, now = _comparable(settings), _comparable(plan.as_json())
+    return [
+        f"{key}: {then.get(key, 'unset')} -> {now.get(key, 'unset')}"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key)
+    ]
+
+
+def _comparable(values: dict[str, Any]) -> dict[str, Any]:
+    flat = flatten(values["config"])
+    config = {k: v for k, v in flat.items() if k.split(".")[0] not in HARNESS_KEYS}
+    study = {k: v for k, v in values["study"].items() if k not in MAY_CHANGE}
+    device = {key: flat[key] for key in ("runtime.device", "runtime.num_threads")}
+    return config | device | flatten({"study": study, "space": values["space"]})
+
+
+def compose(conf: Path, name: str, overrides: list[str]) -> dict[str, Any]:
+    """The composed values of <conf>/<name>.yaml. Raises ConfigError when Hydra refuses."""
+    from nightshift.command import compose as checked_compose
+
+    return checked_compose(name, overrides, conf)

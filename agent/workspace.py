@@ -1,0 +1,421 @@
+"""A git worktree for each trial: apply a proposal, refuse what breaks a rule, commit, keep.
+
+The user's branch, index and working tree are never touched: everything happens in a detached
+worktree under the study's folder, and branches move by `git update-ref`. A commit of a trial stays
+reachable under refs/trials/<study>/<number> whatever is decided.
+"""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from agent.journal import Edit, Journal, Proposal
+from agent.settings import HARNESS_KEYS, StudyError, compose
+from nightshift.fixed.config import (
+    EDITABLE_GROUPS,
+    Config,
+    ConfigError,
+    check,
+    config_digest,
+    digest,
+    flatten,
+    nearest,
+    unflatten,
+)
+
+CODE_FILES = tuple(
+    f"src/nightshift/{name}.py" for name in ("model", "optim", "schedule", "training", "filtering")
+)
+CONF_FOLDERS = tuple(f"conf/{group}" for group in EDITABLE_GROUPS)
+CHAMPION = "conf/trial/champion.yaml"
+RECORDS = ("params.yaml", "dvc.lock", "champion")  # what a kept trial's second commit carries
+EDITABLE = (
+    "src/nightshift/{model,optim,schedule,training,filtering}.py, "
+    "conf/{filter,tokenizer,model,optim,schedule,train}/*.yaml"
+)
+# conf/ holds plain values: nothing that reaches into other groups, names a class or is computed
+NOT_A_VALUE = re.compile(r"\$\{|@package|_target_|^\s*defaults\s*:", re.MULTILINE)
+
+GIT_SETTINGS = {
+    "user.name": "nightshift",
+    "user.email": "nightshift@localhost",
+    "commit.gpgsign": "false",
+    "core.hooksPath": "/dev/null",
+    "gc.auto": "0",  # no background process that outlives the trial
+    "maintenance.auto": "false",
+}
+
+
+class Refused(ValueError):
+    """A proposal that breaks a rule: the message gives the value, the rule and the next move."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """A proposal in its worktree, committed."""
+
+    config: Config
+    commit: str
+    digest: str
+    diff: str
+    lines_added: int
+    lines_removed: int
+
+
+# ---- git ----
+
+
+def git(folder: Path, *args: str) -> str:
+    """Output of a git command, without the newline at its end. Raises StudyError if it fails."""
+    settings = [part for key, value in GIT_SETTINGS.items() for part in ("-c", f"{key}={value}")]
+    done = subprocess.run(
+        ["git", "--no-optional-locks", *settings, *args],
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if not k.startswith("GIT_")},
+        capture_output=True,
+        encoding="utf-8",
+        errors="surrogateescape",
+        start_new_session=True,  # Ctrl-C must not cut a commit short
+    )
+    if done.returncode:
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise StudyError(f"git {args[0]} failed in {folder}: {' '.join(lines[-3:])}")
+    return done.stdout.removesuffix("\n")
+
+
+def base_commit(repo: Path) -> str:
+    """HEAD of the user's branch. Raises StudyError where there is none."""
+    if shutil.which("git") is None:
+        raise StudyError("git is not installed; a study keeps its trials in git. Install git")
+    try:
+        top = Path(git(repo, "rev-parse", "--show-toplevel")).resolve()
+    except StudyError:
+        top = None
+    if top != repo.resolve():
+        raise StudyError(
+            f"{repo} is not the top of a git repository; a study keeps its trials in git. "
+            f"Run: git -C {repo} init && git -C {repo} add . && git -C {repo} commit -m start"
+        )
+    try:
+        return git(repo, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    except StudyError:
+        raise StudyError(
+            f"the repository at {repo} has no commit yet; a study starts from one. "
+            f"Run: git -C {repo} add . && git -C {repo} commit -m start"
+        ) from None
+
+
+def uncommitted(repo: Path) -> list[str]:
+    """Changed or new files that a trial would have used."""
+    lines = git(repo, "status", "--porcelain", "--", "src", "conf", "agent").splitlines()
+    return [line[3:] for line in lines]
+
+
+def place_of(repo: Path, branch: str) -> str | None:
+    """The working tree that has the branch checked out, or None."""
+    for block in git(repo, "worktree", "list", "--porcelain").split("\n\n"):
+        lines = block.splitlines()
+        if f"branch refs/heads/{branch}" in lines:
+            return lines[0].removeprefix("worktree ")
+    return None
+
+
+@contextmanager
+def worktree(repo: Path, folder: Path, commit: str) -> Iterator[Path]:
+    """A detached working tree of `commit` at `folder`, removed at the end."""
+    remove_worktree(repo, folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    git(repo, "worktree", "add", "--detach", "--force", str(folder), commit)
+    try:
+        yield folder
+    finally:
+        remove_worktree(repo, folder)
+
+
+def remove_worktree(repo: Path, folder: Path) -> None:
+    """Also one whose folder or whose registration is gone. Others of the user are not looked at."""
+    if str(folder.resolve()) in worktrees(repo):
+        git(repo, "worktree", "remove", "--force", "--force", str(folder))
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def worktrees(repo: Path) -> list[str]:
+    lines = git(repo, "worktree", "list", "--porcelain").splitlines()
+    return [line.removeprefix("worktree ") for line in lines if line.startswith("worktree ")]
+
+
+def remove_worktrees_under(repo: Path, folder: Path) -> None:
+    for path in map(Path, worktrees(repo)):
+        if path.is_relative_to(folder.resolve()):
+            remove_worktree(repo, path)
+
+
+def settle(repo: Path, name: str, journal: Journal, first_commit: str) -> str | None:
+    """Make the refs say what the journal says. Returns a note if the branch had to stay.
+
+    Idempotent: after a kill between the journal's append and this, it is done again.
+    """
+    refs = refs_of(repo, name)
+    for trial in journal.trials:
+        if trial.commit and refs.get(trial_ref(name, trial.number)) != trial.commit:
+            point_trial(repo, name, trial.number, trial.commit)
+    branch = f"refs/heads/study/{name}"
+    head = journal.incumbent.commit if journal.incumbent else first_commit
+    if refs.get(branch) == head:
+        return None
+    if place := place_of(repo, f"study/{name}"):
+        return f"branch study/{name} is checked out at {place}, so it was not moved to {head[:12]}"
+    git(repo, "update-ref", branch, head)
+    return None
+
+
+def trial_ref(name: str, number: int) -> str:
+    return f"refs/trials/{name}/{number:03d}"
+
+
+def point_trial(repo: Path, name: str, number: int, commit: str) -> None:
+    git(repo, "update-ref", trial_ref(name, number), commit)
+
+
+def refs_of(repo: Path, name: str) -> dict[str, str]:
+    """The study's branch and the refs of its trials: full name -> commit."""
+    patterns = f"refs/heads/study/{name}", f"refs/trials/{name}/"
+    lines = git(repo, "for-each-ref", "--format=%(refname) %(objectname)", *patterns).splitlines()
+    refs = dict(line.rsplit(" ", 1) for line in lines)
+    # A pattern also matches what lies below it: study/a is not study/a/b.
+    return {
+        ref: at for ref, at in refs.items() if ref == patterns[0] or ref.startswith(patterns[1])
+    }
+
+
+def forget_command(name: str) -> str:
+    """What a person runs to remove a study's refs."""
+    patterns = f"refs/heads/study/{name} refs/trials/{name}/"
+    return f"git for-each-ref --format='delete %(refname)' {patterns} | git update-ref --stdin"
+
+
+def remove_stale_locks(repo: Path, name: str) -> None:
+    """Lock files that a killed git left on this study's refs. The caller holds the study's lock."""
+    refs = Path(git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir")) / "refs"
+    for lock in [refs / f"heads/study/{name}.lock", *(refs / f"trials/{name}").glob("*.lock")]:
+        lock.unlink(missing_ok=True)
+
+
+def _commit(tree: Path, message: str, paths: list[str]) -> str:
+    git(tree, "add", "--", *paths)
+    git(tree, "commit", "--quiet", "--no-verify", "--allow-empty", "-m", message)
+    return git(tree, "rev-parse", "HEAD")
+
+
+# ---- the study's first commit ----
+
+
+def write_first_commit(tree: Path, config: Config, name: str) -> str:
+    """Commit champion.yaml and params.yaml so that the branch alone says what the baseline ran."""
+    wanted = flatten(reproducible(config.model_dump()))
+    default = flatten(reproducible(compose(tree / "conf", "config", [])))
+    changes = {key: value for key, value in wanted.items() if default.get(key, ...) != value}
+    merge_into_champion(tree / CHAMPION, changes)
+    composed = flatten(reproducible(check(compose(tree / "conf", "config", [])).model_dump()))
+    if lost := [key for key, value in wanted.items() if composed[key] != value]:
+        raise StudyError(f"{CHAMPION} cannot set {lost[0]}: a file after it in conf/ sets it again")
+    write_params(tree)
+    present = [path for path in (CHAMPION, "params.yaml") if (tree / path).exists()]
+    return _commit(tree, f"study {name}: the baseline's configuration", present)
+
+
+def reproducible(values: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that says what a run computes."""
+    return {key: value for key, value in values.items() if key not in HARNESS_KEYS}
+
+
+def merge_into_champion(path: Path, flat: dict[str, Any]) -> None:
+    """Set dotted keys in champion.yaml; its other values and the comment at its head stay."""
+    text = path.read_text(encoding="utf-8") if path.exists() else "# @package _global_\n"
+    head = re.match(r"(?:#.*\n)*", text)[0]
+    values = OmegaConf.to_container(OmegaConf.create(text)) or {}
+    merged = unflatten(flatten(values) | flat)
+    body = OmegaConf.to_yaml(OmegaConf.create(merged)) if merged else "{}\n"
+    path.write_text(head + body, encoding="utf-8")
+
+
+def write_params(tree: Path) -> None:
+    """params.yaml is conf/ composed; `nightshift.compose` writes it, where the project has it."""
+    if (tree / "src/nightshift/compose.py").exists():
+        run_module(tree, "nightshift.compose")
+
+
+def run_module(tree: Path, module: str, *args: str) -> None:
+    """`python -m module` with the worktree's code. Raises StudyError with its last line."""
+    done = subprocess.run(
+        [sys.executable, "-m", module, *args],
+        cwd=tree,
+        env={k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "PYTHON"))}
+        | {"PYTHONPATH": str(tree / "src")},
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
+        start_new_session=True,
+    )
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise StudyError(f"python -m {module} failed in {tree}: {last}")
+
+
+# ---- a proposal in its worktree ----
+
+
+def apply(tree: Path, proposal: Proposal, title: str) -> Applied:
+    """Apply overrides and edits to the incumbent in `tree`, and commit. Raises Refused."""
+    parent, before = git(tree, "rev-parse", "HEAD"), resolve(tree)
+    _apply_overrides(tree, proposal.overrides, before)
+    for number, edit in enumerate(proposal.edits, 1):
+        _apply_edit(tree, edit, f"edit {number} of {len(proposal.edits)}")
+    for path in {edit.path for edit in proposal.edits if edit.path.endswith(".py")}:
+        _must_parse(tree, path)
+    config = _resolve_editable(tree, proposal.overrides, before)
+    paths = sorted({CHAMPION, *(edit.path for edit in proposal.edits)})
+    commit = _commit(tree, f"{title}\n\n{proposal.hypothesis}", paths)
+    _must_touch_only(tree, parent, commit, paths)
+    added, removed = _count_lines(git(tree, "diff", "--numstat", parent, commit))
+    return Applied(
+        config=config,
+        commit=commit,
+        digest=state_digest(tree, config),
+        diff=git(tree, "diff", parent, commit) + "\n",
+        lines_added=added,
+        lines_removed=removed,
+    )
+
+
+def resolve(tree: Path) -> Config:
+    """The configuration of a worktree: conf/config.yaml, composed and checked."""
+    return check(compose(tree / "conf", "config", []))
+
+
+def state_digest(tree: Path, config: Config) -> str:
+    """Names what a trial computes: resolved config and editable code, comments left out."""
+    code = {}
+    for path in CODE_FILES:
+        if (tree / path).exists():
+            code[path] = ast.dump(ast.parse((tree / path).read_text(encoding="utf-8")))
+    return digest([config_digest(config), code])
+
+
+def _apply_overrides(tree: Path, overrides: dict[str, Any], before: Config) -> None:
+    keys = flatten(before.model_dump())
+    editable = [key for key in keys if key.split(".")[0] in EDITABLE_GROUPS]
+    for key in overrides:
+        if key in editable:
+            continue
+        if key in keys:
+            raise Refused(
+                f"override {key}: not editable. Editable: the keys of {', '.join(EDITABLE_GROUPS)}."
+            )
+        raise Refused(f"override {key}: there is no such key.{nearest(key, editable)}")
+    if overrides:
+        merge_into_champion(tree / CHAMPION, overrides)
+
+
+def _apply_edit(tree: Path, edit: Edit, which: str) -> None:
+    path = _editable_path(tree, edit.path, which)
+    text = path.read_bytes().decode("utf-8")
+    count = text.count(edit.search) if edit.search else 0
+    if count != 1:
+        move = "Include more surrounding lines." if count > 1 else "Copy it from the file as it is."
+        raise Refused(
+            f"{which}: search text occurs {count} times in {edit.path}; it must occur once. {move}"
+        )
+    if path.suffix == ".yaml" and (match := NOT_A_VALUE.search(edit.replace)):
+        raise Refused(
+            f"{which}: '{match[0].strip()}' in {edit.path}; files in conf/ hold plain values. "
+            "Write the value itself."
+        )
+    path.write_bytes(text.replace(edit.search, edit.replace).encode("utf-8"))
+
+
+def _editable_path(tree: Path, name: str, which: str) -> Path:
+    plain = PurePosixPath(name)
+    in_conf = str(plain.parent) in CONF_FOLDERS and plain.suffix == ".yaml"
+    if str(plain) != name or not (name in CODE_FILES or in_conf):
+        raise Refused(f"{which}: {name} is not editable. Editable: {EDITABLE}.")
+    path = tree / name
+    if path.resolve() != tree.resolve() / name:
+        raise Refused(f"{which}: {name} is a symbolic link, so not editable. Editable: {EDITABLE}.")
+    if not path.is_file():
+        there = [p.relative_to(tree).as_posix() for p in path.parent.glob(f"*{plain.suffix}")]
+        raise Refused(f"{which}: there is no file {name}.{nearest(name, there)}")
+    return path
+
+
+def _must_parse(tree: Path, path: str) -> None:
+    try:
+        ast.parse((tree / path).read_text(encoding="utf-8"))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        raise Refused(
+            f"{path} is not Python after the edits: {getattr(error, 'msg', error)}, line {line}. "
+            "Mind the indentation of the replacement."
+        ) from None
+
+
+def _resolve_editable(tree: Path, overrides: dict[str, Any], before: Config) -> Config:
+    try:
+        after = resolve(tree)
+    except ConfigError as error:
+        raise Refused("; ".join(str(error).splitlines())) from None
+    old, new = flatten(before.model_dump()), flatten(after.model_dump())
+    for key in sorted(old.keys() | new.keys()):
+        if key.split(".")[0] not in EDITABLE_GROUPS and old.get(key) != new.get(key):
+            raise Refused(
+                f"{key} ({old.get(key)!r}) would become {new.get(key)!r}: it is fixed in a study. "
+                f"Editable: the keys of {', '.join(EDITABLE_GROUPS)}."
+            )
+    for key, value in overrides.items():
+        if new[key] != value:
+            raise Refused(
+                f"override {key} ({value!r}) composes to {new[key]!r}. Give a plain value."
+            )
+    return after
+
+
+def _must_touch_only(tree: Path, parent: str, commit: str, paths: list[str]) -> None:
+    touched = git(tree, "diff", "--name-only", "-z", parent, commit).split("\0")
+    assert set(filter(None, touched)) <= set(paths), f"a commit touches {touched}, not only {paths}"
+
+
+def _count_lines(numstat: str) -> tuple[int, int]:
+    counts = [line.split("\t")[:2] for line in numstat.splitlines()]
+    return sum(int(added) for added, _ in counts), sum(int(removed) for _, removed in counts)
+
+
+# ---- a keep ----
+
+
+def record_keep(tree: Path, run_folder: Path, title: str) -> str:
+    """The commit of a kept trial: its own, or one more with params.yaml and the DVC state."""
+    settle_dvc(tree, run_folder)
+    present = [path for path in RECORDS if (tree / path).exists()]
+    if not present or not git(tree, "status", "--porcelain", "--", *present):
+        return git(tree, "rev-parse", "HEAD")
+    return _commit(tree, f"{title}: parameters, data and weights", present)
+
+
+def settle_dvc(tree: Path, run_folder: Path) -> None:
+    """Bring params.yaml, dvc.lock and champion/ to what the kept run left, without running a stage.
+
+    Where the project has no dvc.yaml, only params.yaml is written.
+    """
+    write_params(tree)
+    if (tree / "dvc.yaml").exists() and (tree / "src/nightshift/promote.py").exists():
+        run_module(tree, "nightshift.promote", f"run={run_folder}")

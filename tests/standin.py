@@ -1,0 +1,187 @@
+"""A stand-in project: a real git repository whose pretrain takes milliseconds.
+
+It has the real conf/, and small pipeline modules that obey the same contract: a config file in, files
+of fixed/result.py out. What a run does is said in its model.py, so a proposal's edit can make it
+better, worse, crash, hang or cheat.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from agent.journal import Edit, Journal, Proposal
+from nightshift.fixed.config import CONF
+
+CHECKOUT = CONF.parent
+
+MODEL = """\
+BEHAVIOUR = "ok"
+BONUS = 0.0
+"""
+
+COMMON = """
+import hashlib, json, os, sys, time
+from pathlib import Path
+import yaml
+from nightshift import model
+
+ROOT = Path(__file__).resolve().parents[2]
+if not (ROOT / "conf").is_dir():
+    ROOT = ROOT.parent
+
+def config_digest(values):
+    kept = {k: v for k, v in values.items()
+            if k not in ("runtime", "tracking", "parent_run_id", "run_name", "resume")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+def write(path, values):
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(values))
+    os.replace(temporary, path)
+"""
+
+PRETRAIN = '''
+from nightshift.common import *
+
+def fork_away():
+    """A process in a session of its own that outlives its parents."""
+    if os.fork() == 0:
+        os.setsid()
+        if os.fork() == 0:
+            time.sleep(60)
+        os._exit(0)
+
+folder = Path(sys.argv[sys.argv.index("--config-path") + 1])
+values = yaml.safe_load((folder / "config.yaml").read_text())
+is_preflight = values["budget"]["kind"] == "steps" and values["budget"]["amount"] <= 2
+behaviour, seed = model.BEHAVIOUR, values["seed"]
+Path(values["runtime"]["cache_dir"]).mkdir(parents=True, exist_ok=True)
+with open(ROOT.parents[1] / "starts.log", "a") as file:
+    file.write(f"{folder.name} {seed} {os.getpid()}\\n")
+if behaviour == "import error":
+    import nothing_of_this_name
+if behaviour == "crash" and not is_preflight:
+    raise RuntimeError("shape '[64, 128]' is invalid")
+if behaviour == "hang" and not is_preflight:
+    fork_away()
+    time.sleep(60)
+if behaviour == "slow" and not is_preflight:
+    time.sleep(0.5)
+if behaviour == "leave a process":
+    fork_away()
+if behaviour == "plant":
+    (folder / "result.json").write_text(json.dumps({"status": "ok", "val_bpb": 0.001}))
+if behaviour == "killed once" and not (folder.parent / "killed").exists() and not is_preflight:
+    (folder.parent / "killed").touch()
+    os.kill(os.getpid(), 9)
+if behaviour == "killed always" and not is_preflight:
+    os.kill(os.getpid(), 9)
+training = {"status": "ok", "steps": 3, "tokens": 300, "train_s": 0.1, "tokens_per_s": 3000.0,
+            "seed": seed, "config_digest": config_digest(values), "data_digest": "d" * 12,
+            "code": str(ROOT)}
+if behaviour == "other seed" and not is_preflight:
+    training["seed"] = seed + 1
+if behaviour == "other code":
+    training["code"] = "/elsewhere"
+if behaviour == "diverge" and not is_preflight:
+    training |= {"status": "diverged", "message": "loss is nan at step 2"}
+(folder / "checkpoint").mkdir()
+(folder / "checkpoint" / "weights").write_text(str(model.BONUS))
+write(folder / "training.json", training)
+'''
+
+EVALUATE = """
+from nightshift.common import *
+
+folder = Path(sys.argv[1].removeprefix("run="))
+values = yaml.safe_load((folder / "config.yaml").read_text())
+if model.BEHAVIOUR == "evaluator killed once" and not (folder.parent / "killed").exists():
+    (folder.parent / "killed").touch()
+    os.kill(os.getpid(), 9)
+if model.BEHAVIOUR == "plant":
+    sys.exit(1)
+noise = {1: 0.0, 2: 0.002, 3: -0.002}[values["seed"]]
+lr = values["optim"]["matrix_lr"]
+val_bpb = 2.0 + 10 * abs(lr - 0.04) + noise - model.BONUS
+write(folder / "result.json", {"status": "ok", "val_bpb": val_bpb,
+      "training": json.loads((folder / "training.json").read_text())})
+"""
+
+
+def make_project(folder: Path) -> Path:
+    """A git repository with one commit, ready for a study."""
+    package = folder / "src/nightshift"
+    (package / "fixed").mkdir(parents=True)
+    shutil.copytree(CONF, folder / "conf")
+    (folder / "conf/trial/champion.yaml").write_text("# @package _global_\n# Accepted.\n{}\n")
+    for name in ("__init__", "optim", "schedule", "training", "filtering", "fixed/__init__"):
+        (package / f"{name}.py").write_text("")
+    (package / "model.py").write_text(MODEL)
+    (package / "common.py").write_text(COMMON)
+    (package / "pretrain.py").write_text(PRETRAIN)
+    (package / "fixed/evaluate.py").write_text(EVALUATE)
+    (folder / ".gitignore").write_text("/outputs/\n/.cache/\n__pycache__/\n/starts.log\n")
+    run_git(folder, "init", "--quiet", "--initial-branch=main")
+    run_git(folder, "add", ".")
+    identity = ["-c", "user.name=someone", "-c", "user.email=someone@localhost"]
+    run_git(folder, *identity, "commit", "--quiet", "-m", "start")
+    return folder
+
+
+def run_git(folder: Path, *args: str) -> str:
+    done = subprocess.run(["git", *args], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def behave(behaviour: str) -> Proposal:
+    """A proposal after which runs behave like this."""
+    edit = Edit(
+        path="src/nightshift/model.py",
+        search='BEHAVIOUR = "ok"',
+        replace=f'BEHAVIOUR = "{behaviour}"',
+    )
+    return Proposal(title=behaviour, hypothesis="It will.", source="test", edits=[edit])
+
+
+def bonus(before: float, after: float) -> Proposal:
+    """A code change worth after - before bits per byte."""
+    edit = Edit(
+        path="src/nightshift/model.py", search=f"BONUS = {before}", replace=f"BONUS = {after}"
+    )
+    title = f"bonus {before} -> {after}"
+    return Proposal(title=title, hypothesis="It will.", source="test", edits=[edit])
+
+
+def values(**overrides) -> Proposal:
+    """A change of values: model__depth=6 for model.depth."""
+    flat = {key.replace("__", "."): value for key, value in overrides.items()}
+    return Proposal(title=str(flat), hypothesis="It will.", source="test", overrides=flat)
+
+
+def script(project: Path, proposals: list[Proposal], name: str = "first") -> None:
+    """Lay the proposals where a study that was killed finds its own."""
+    for number, proposal in enumerate(proposals, 1):
+        path = project / f"outputs/studies/{name}/trials/{number:03d}/proposal.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asdict(proposal)))
+
+
+def overrides(trials: int, *more: str) -> list[str]:
+    return [f"study.trials={trials}", "study.warm=false", "tracking=off", "budget=smoke", *more]
+
+
+def study_command(project: Path, arguments: list[str]) -> list[str]:
+    """The command line of a study of the project, as a process of its own."""
+    code = (
+        "import sys; from pathlib import Path; from agent.loop import main; "
+        "sys.exit(main(sys.argv[2:], Path(sys.argv[1])))"
+    )
+    return [sys.executable, "-c", code, str(project), *arguments]
+
+
+def journal_of(project: Path, name: str = "first") -> Journal:
+    return Journal(project / f"outputs/studies/{name}/journal.jsonl")
