@@ -35,7 +35,8 @@ def trial(number, title, decision, val_bpb, gain=None, status="ok", seeds=(1,), 
                           **proposal),
         reason="gain against the margin", val_bpb=val_bpb, gain=gain, runs=runs,
         commit="c0ffee" * 6 + "abcd",
-        data_digest="0a1b2c3d4e5f" if runs else None, started_at=f"2026-05-01T22:0{number}:00+00:00",
+        data_digest="0a1b2c3d4e5f" if runs else None,
+        started_at=f"2026-05-01T22:0{number}:00+00:00",
         wall_s=40.0)  # fmt: skip
 
 

@@ -221,7 +221,8 @@ def test_without_tracking_nothing_happens_and_mlflow_is_not_imported():
         from nightshift.fixed.tracking import open_store
         store = open_store(Tracking(enabled=False, uri=None, experiment="e"))
         run = store.start("x", "pretrain")
-        run.params({"a": 1}); run.metrics({"b": 2}); run.tags({"c": 3}); run.curve([{"step": 1, "d": 4}])
+        run.params({"a": 1}); run.metrics({"b": 2}); run.tags({"c": 3})
+        run.curve([{"step": 1, "d": 4}])
         run.dataset("e", "f"); run.table([{"g": 5}]); run.text("h", "i"); run.describe("j")
         run.reopen(); run.close()
         assert run.run_id is None and store.find(kind="pretrain") == []
