@@ -80,12 +80,12 @@ def test_one_failed_job_neither_hides_the_others_nor_leaves_the_parent_running(t
 
 
 def test_the_parent_is_finished_when_all_jobs_are_and_its_id_is_quoted(tracking):
-    overrides, parent = sweep(MlflowParent(), tracking, [job(JobStatus.COMPLETED, 1.0)])
+    overrides, parent = sweep(MlflowParent(), tracking, [job(JobStatus.COMPLETED, 0)])
     assert overrides[-1] == f"parent_run_id='{parent}'"
     assert open_store(tracking).client.get_run(parent).info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("bad", [job(JobStatus.FAILED), job(JobStatus.COMPLETED, float("nan"))])
+@pytest.mark.parametrize("bad", [job(JobStatus.FAILED), job(JobStatus.COMPLETED, 2)])
 def test_a_job_that_fails_before_its_run_exists_counts(tracking, bad):
     _, parent = sweep(MlflowParent(), tracking, [job(JobStatus.COMPLETED), bad])
     assert open_store(tracking).client.get_run(parent).info.status == "FAILED"

@@ -6,7 +6,6 @@ an exception of a callback into a warning, so a tracker that cannot be opened en
 """
 
 import atexit
-import math
 
 from hydra.core.utils import JobStatus
 from hydra.experimental.callback import Callback
@@ -43,10 +42,8 @@ class MlflowParent(Callback):
 
     def on_job_end(self, config, job_return, **_):
         """Seen only for jobs of this process; the children tell of the others."""
-        if job_return.status == JobStatus.FAILED:
-            self.failed = True
-        elif isinstance(job_return.return_value, float):  # a job that caught its error returns nan
-            self.failed |= not math.isfinite(job_return.return_value)
+        failed = job_return.status == JobStatus.FAILED
+        self.failed |= failed or job_return.return_value not in (None, 0)  # its exit status
 
     def on_multirun_end(self, config, **_):
         if self.run:
