@@ -48,7 +48,9 @@ def test_a_run_holds_what_was_written(store, tmp_path):
     run = store.start("one", "pretrain", tags={"study": "s", "nothing": None})
     run.params({"optim": {"matrix_lr": 0.02}, "corpus": {"path": "/x"}, "tracking": {"uri": "/y"}})
     run.metrics({"val_bpb": 1.23456789, "tokens": 123456789, "mfu": None, "gain": float("nan")})
-    run.curve([{"step": 1, "elapsed_s": 0.5, "loss": 4.0}, {"step": 2, "loss": None, "lr": 0.1}])
+    run.curve(
+        [{"step": 1, "time": 1e9, "train/loss": 4.0}, {"step": 2, "train/loss": None, "lr": 0.1}]
+    )
     run.dataset("sotu", "0a1b2c")
     run.table([{"prompt": "a", "completion": "b"}])
     run.describe("Kept, 1.2346: one.")
@@ -63,6 +65,8 @@ def test_a_run_holds_what_was_written(store, tmp_path):
     assert not {"mfu", "gain"} & set(found.data.metrics)
     assert found.data.metrics["train/loss"] == 4.0 and found.data.metrics["train/lr"] == 0.1
     assert found.data.tags["mlflow.note.content"].startswith("Kept")
+    (point,) = store.client.get_metric_history(run.run_id, "train/loss")
+    assert (point.step, point.timestamp) == (1, 10**12)
     assert "nothing" not in found.data.tags
     assert found.inputs.dataset_inputs[0].dataset.digest == "0a1b2c"
     names = {artifact.path for artifact in store.client.list_artifacts(run.run_id)}

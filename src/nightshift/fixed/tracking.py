@@ -45,9 +45,7 @@ NOT_PARAMS = (  # paths, addresses, ids: the same for all runs, or of no meaning
     "resume",
     "corpus.path",
     "evaluate.sample_prompts",
-    "runtime.cache_dir",
-    "runtime.shared_cache_dir",
-    "runtime.progress_bar",
+    "runtime.",
 )
 VIEW = "nightshift"  # key of the saved view of the runs table
 VIEW_COLUMNS = {  # with their widths in pixels
@@ -263,7 +261,7 @@ class Store:
                 tags=_texts(tags),
                 run_name=name,
             )
-        log = RunLog(self, run.info.run_id, run.info.start_time, strict)
+        log = RunLog(self, run.info.run_id, strict)
         if kind in ("study", "sweep"):
             self._save_view()
         if watched:
@@ -281,7 +279,7 @@ class Store:
         if self.client is None or run_id is None:
             return RunLog(self, None)
         with reported(self.uri):
-            return RunLog(self, run_id, self.client.get_run(run_id).info.start_time, strict)
+            return RunLog(self, self.client.get_run(run_id).info.run_id, strict)
 
     def find(self, **tags: str) -> list:
         """The MLflow runs with these tags, newest first."""
@@ -312,12 +310,9 @@ class Store:
 class RunLog:
     """Writes into one run. Numbers are rounded: the table of MLflow shows every digit."""
 
-    def __init__(
-        self, store: Store, run_id: str | None, started_ms: int | None = None, strict: bool = False
-    ):
+    def __init__(self, store: Store, run_id: str | None, strict: bool = False):
         self.store = store
         self.run_id = run_id
-        self.started_ms = started_ms
         self.strict = strict
         self.lost = False  # a write failed: only `close` is still tried
 
@@ -339,15 +334,17 @@ class RunLog:
         self._log_points([(name, value, step, at_ms) for name, value in values.items()])
 
     def curve(self, points: list[dict[str, Any]]) -> None:
-        """Points of a curve file (fixed/result.py): `step` and numbers, as metrics train/<name>."""
+        """Points of a curve file (fixed/result.py): `step`, `time` and numbers.
+
+        A name without a section gets train/, which sets it apart from a final number.
+        """
         rows = []
         for point in points:
-            at_ms = (self.started_ms or 0) + int(1000 * (point.get("elapsed_s") or 0))
-            rows += [
-                (f"train/{name}", value, point["step"], at_ms)
-                for name, value in point.items()
-                if name != "step"
-            ]
+            at_ms = int(1000 * point["time"]) if "time" in point else None
+            for name, value in point.items():
+                if name not in ("step", "time"):
+                    full_name = name if "/" in name else f"train/{name}"
+                    rows.append((full_name, value, point["step"], at_ms))
         self._log_points(rows)
 
     def tags(self, values: dict[str, Any]) -> None:
