@@ -45,13 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
 def ready(config: Config) -> None:
     """Mistakes that only this machine can show, before anything is written."""
     from nightshift.fixed.budget import read_progress
-    from nightshift.fixed.checkpoint import read_config
+    from nightshift.fixed.checkpoint import folder_of, load_clock
     from nightshift.fixed.machine import pick_device
 
     if config.corpus.source == "folder" and not Path(config.corpus.path).exists():
         raise ConfigError(f"corpus.path ({config.corpus.path}): no such file or folder; give where your texts are")
     if config.resume is not None:
-        read_config(checkpoint_of(config.resume) / CONFIG_FILE)
+        load_clock(folder_of(config.resume))
     if config.budget.replay is not None:
         read_progress(Path(config.budget.replay))
     pick_device(config.runtime)
@@ -107,9 +107,9 @@ def continued(config: Config, overrides: list[str]) -> Config:
     """With `resume`, the interrupted run's own configuration; only what does not change the run may be given anew."""
     if config.resume is None:
         return config
-    from nightshift.fixed.checkpoint import read_config
+    from nightshift.fixed.checkpoint import folder_of, read_config
 
-    saved = read_config(checkpoint_of(config.resume) / CONFIG_FILE)
+    saved = read_config(folder_of(config.resume) / CONFIG_FILE)
     free = ("budget", "runtime", "tracking", "resume", "run_name", "parent_run_id")
     groups = {o.split("=", 1)[0].lstrip("+~"): o.split("=", 1)[0].lstrip("+~").split(".")[0] for o in overrides}
     if wrong := [key for key, group in groups.items() if group not in free]:
@@ -117,12 +117,6 @@ def continued(config: Config, overrides: list[str]) -> Config:
     fresh = set(free) - (set() if "budget" in groups.values() else {"budget"})
     given = config.model_dump()
     return check(saved.model_dump() | {key: given[key] for key in fresh})
-
-
-def checkpoint_of(place: str) -> Path:
-    """A run's folder or its checkpoint folder -> the checkpoint folder."""
-    folder = Path(place)
-    return folder / CHECKPOINT_FOLDER if (folder / CHECKPOINT_FOLDER).is_dir() else folder
 
 
 def train(config: Config, folder: Path, log) -> Training:

@@ -61,10 +61,8 @@ class Clock:
 
     def begin_step(self) -> float:
         """The progress that this step's schedules see; recorded."""
-        progress = self.recorded[self.steps] if self.steps < len(self.recorded) else self.progress
-        if self.steps == len(self.recorded):
-            self.recorded.append(progress)
-        return progress
+        self.recorded.append(float(np.float32(self.progress)))   # what a replay will read
+        return self.recorded[-1]
 
     def end_step(self) -> None:
         self.steps += 1
@@ -75,14 +73,14 @@ class Clock:
         return self.elapsed_s * (1 - progress) / progress if progress > 0 else None
 
     def state(self) -> dict:
-        return {"steps": self.steps, "elapsed_s": self.elapsed_s, "recorded": self.recorded[: self.steps]}
+        return {"steps": self.steps, "elapsed_s": self.elapsed_s, "recorded": self.recorded}
 
     def restore(self, state: dict) -> None:
         self.steps, self._elapsed_s = state["steps"], state["elapsed_s"]
         self.recorded = list(state["recorded"])
 
     def save(self, folder: Path) -> None:
-        np.asarray(self.recorded[: self.steps], dtype="<f4").tofile(folder / PROGRESS_FILE)
+        np.asarray(self.recorded, dtype="<f4").tofile(folder / PROGRESS_FILE)
 
 
 def read_progress(path: Path) -> np.ndarray:

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from nightshift.fixed.config import Config, ConfigError, check
+from nightshift.fixed.result import CHECKPOINT_FOLDER
 from nightshift.fixed.tokenizer import Tokenizer
 
 WEIGHTS_FILE = "model.safetensors"
@@ -112,17 +113,27 @@ def _save_state(folder: Path, model, optimizer, clock_state: dict) -> None:
     (folder / STATE_FILES[1]).write_text(json.dumps({"clock": clock_state, "numbers": numbers}))
 
 
-def load_state(folder: Path, model, optimizer) -> dict:
-    """Puts weights, optimizer and RNG back; returns the clock's state."""
+def load_clock(folder: Path) -> dict:
+    """The clock's state in a checkpoint that can be resumed."""
     if not (folder / STATE_FILES[1]).is_file():
         raise ConfigError(f"resume ({folder}): this run is finished or never saved its state; only an interrupted run resumes")
+    return json.loads((folder / STATE_FILES[1]).read_text())["clock"]
+
+
+def load_state(folder: Path, model, optimizer) -> None:
+    """Puts weights, optimizer and RNG back."""
     load_weights(model, folder)
-    state = json.loads((folder / STATE_FILES[1]).read_text())
+    numbers = json.loads((folder / STATE_FILES[1]).read_text())["numbers"]
     tensors = load_file(folder / STATE_FILES[0])
     torch.set_rng_state(tensors.pop("rng"))
     parameters = dict(model.named_parameters())
-    for where, value in (tensors | state["numbers"]).items():
+    for where, value in (tensors | numbers).items():
         name, key = where.rsplit("|", 1)
         parameter = parameters[name]
         optimizer.state[parameter][key] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value
-    return state["clock"]
+
+
+def folder_of(place: str) -> Path:
+    """A run's folder or its checkpoint folder -> the checkpoint folder."""
+    folder = Path(place)
+    return folder / CHECKPOINT_FOLDER if (folder / CHECKPOINT_FOLDER).is_dir() else folder

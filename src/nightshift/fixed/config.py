@@ -14,7 +14,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 ROOT = Path(__file__).resolve().parents[3]   # the checkout that this code belongs to
 CONF = ROOT / "conf"
@@ -46,6 +46,12 @@ class Corpus(Group):
     dev_frac: float = Field(gt=0, lt=0.5)
     val_frac: float = Field(gt=0, lt=0.5)
     test_frac: float = Field(gt=0, lt=0.5)
+
+    @field_validator("path")
+    @classmethod
+    def _from_where_we_stand(cls, path: str | None) -> str | None:
+        """Absolute: a trial runs in another folder."""
+        return path and str(Path(path).expanduser().absolute())
 
     @model_validator(mode="after")
     def _source_is_complete(self):

@@ -61,6 +61,9 @@ class Recorder(L.Callback):
         self.final_loss: float | None = None
         self.dev_points_done = 0
         self.matmul_peak: float | None = None
+        self.resumed = checkpoint.folder_of(config.resume) if config.resume else None
+        if self.resumed:
+            self.clock.restore(checkpoint.load_clock(self.resumed))
 
     def announce(self, device: torch.device, dtype: torch.dtype) -> None:
         """Runs before the clock: facts that the curve and the bar need."""
@@ -72,19 +75,13 @@ class Recorder(L.Callback):
                      f"budget {b.amount:g} {b.kind} | {device.type}, {str(dtype).removeprefix('torch.')}")
 
     def loader(self) -> DataLoader:
-        stream = Stream(self.batches, 0)
-        self.stream = stream
+        stream = Stream(self.batches, self.clock.steps * self.micro_batches)
         return DataLoader(stream, batch_size=None, num_workers=0)
 
     @contextmanager
     def signals(self):
-        """The first SIGINT or SIGTERM ends training after the step, with a checkpoint; the second ends at once."""
-        def stop(number, frame):
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-
-        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        """Puts back the handlers that `on_train_start` replaces, and the terminal."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
@@ -92,19 +89,24 @@ class Recorder(L.Callback):
                 signal.signal(number, handler)
             self.bar.close()
 
+    def on_signal(self, number, frame) -> None:
+        """The first SIGINT or SIGTERM ends training after the step, with a checkpoint; the second ends at once."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+
     # -- Lightning's hooks, in the order they come
 
     def on_train_start(self, trainer, module) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):   # here: Lightning installs its own before this hook
+            signal.signal(number, self.on_signal)
         optimizer = trainer.optimizers[0]
         self.warm_up(optimizer)
         curve = self.folder / CURVE_FILE
         kept = []
-        if self.config.resume:
-            place = Path(self.config.resume)
-            place = place / CHECKPOINT_FOLDER if (place / CHECKPOINT_FOLDER).is_dir() else place
-            self.clock.restore(checkpoint.load_state(place, self.module.model, optimizer))
-            self.stream.first = self.clock.steps * self.micro_batches
-            kept = [p for p in read_curve(place.parent / CURVE_FILE) if p["step"] <= self.clock.steps]
+        if self.resumed:
+            checkpoint.load_state(self.resumed, self.module.model, optimizer)
+            kept = [p for p in read_curve(self.resumed.parent / CURVE_FILE) if p["step"] <= self.clock.steps]
         curve.write_text("".join(json.dumps(p) + "\n" for p in kept), encoding="utf-8")
         self.points = list(kept)
         self.dev_points_done = sum("dev_bpb" in p for p in kept)
