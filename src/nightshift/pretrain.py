@@ -64,7 +64,7 @@ def job(values: dict[str, Any]) -> int:
 
     hydra = HydraConfig.get()
     folder, is_multirun = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
-    overrides = [o for o in hydra.overrides.task if not o.startswith(("parent_run_id=", "run_name="))]
+    overrides = [o for o in hydra.overrides.task if not o.startswith(("parent_run_id=", "run_name=", "tracking", "runtime"))]
     try:
         tracking = check(values["tracking"], knobs.Tracking)
         if is_multirun and tracking.enabled and not values["parent_run_id"]:

@@ -160,7 +160,7 @@ def evaluate(run: Path, config: Config) -> Result:
             raise Invalid("the weights on disk changed while they were evaluated")
     except Invalid as error:
         return Result(status="invalid", message=str(error), training=training)
-    return Result(status="ok", val_bpb=val_bpb, num_bytes=num_bytes, num_tokens=num_tokens,
+    return Result(status="ok", val_bpb=round(val_bpb, 6), num_bytes=num_bytes, num_tokens=num_tokens,
                   eval_s=round(time.monotonic() - started_at, 3), weights_sha256=weights_before, training=training)
 
 

@@ -1,0 +1,79 @@
+"""A run -> the DVC outputs of this checkout, as if `dvc repro` had made them; no stage runs.
+
+Puts the run's data, checkpoint, curve and numbers where dvc.yaml has them, and lets DVC hash them
+(`dvc commit`): afterwards `dvc repro` has nothing to do. In a git worktree the main checkout's DVC
+cache is used, so that the files are there for every clone that shares it.
+
+    python -m nightshift.promote run=outputs/pretrain/<run>
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from nightshift.fixed.batches import ensure_tokens
+from nightshift.fixed.checkpoint import read_config
+from nightshift.fixed.config import ROOT, Config, ConfigError
+from nightshift.fixed.corpus import ensure_corpus
+from nightshift.fixed.result import CHECKPOINT_FOLDER, CONFIG_FILE, CURVE_FILE, RESULT_FILE, TRAINING_FILE
+from nightshift.fixed.tokenizer import ensure_tokenizer
+from nightshift.stage import CHAMPION, publish
+
+
+def promote(run: Path) -> None:
+    share_cache()
+    place_data(read_config(run / CONFIG_FILE))
+    publish(run, CHAMPION, CHECKPOINT_FOLDER, TRAINING_FILE, RESULT_FILE, CURVE_FILE)
+    done = subprocess.run([sys.executable, "-m", "dvc", "commit", "--force", "--quiet"], cwd=ROOT,
+                          capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
+        raise ConfigError(f"dvc commit failed in {ROOT}: {last}")
+
+
+def place_data(config: Config) -> None:
+    for name, folder in (("corpus", ensure_corpus(config)), ("tokenizer", ensure_tokenizer(config)),
+                         ("tokens", ensure_tokens(config))):
+        place = ROOT / "data" / name
+        if folder.resolve() != place.resolve():
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(folder, place, copy_function=link_or_copy)
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Corpora are large: a hard link where the file system allows it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def share_cache() -> None:
+    """In a git worktree: the DVC cache of the main checkout. Written to .dvc/config.local, which git ignores."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--path-format=absolute", "--git-common-dir"]
+    main = Path(subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()).parent
+    local = ROOT / ".dvc" / "config.local"
+    if main.resolve() == ROOT.resolve() or local.exists():
+        return
+    if (main / ".dvc" / "config.local").exists():
+        shutil.copyfile(main / ".dvc" / "config.local", local)
+    else:
+        local.write_text(f"[cache]\n    dir = {main / '.dvc' / 'cache'}\n", encoding="utf-8")
+
+
+def main() -> int:
+    if len(sys.argv) != 2 or not sys.argv[1].startswith("run="):
+        print("usage: python -m nightshift.promote run=<folder of a run>", file=sys.stderr)
+        return 2
+    try:
+        promote(Path(sys.argv[1].removeprefix("run=")).resolve())
+    except (ConfigError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,7 @@
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))   # tests import tiny.py, data_config.py, standin.py
+torch.set_num_threads(1)   # tests use tensors so small that a second thread only costs
