@@ -336,7 +336,8 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
 
 
 def close_study(study: Study, status: str) -> None:
-    clear_half_trial(study.folder, len(study.journal))
+    if status == "KILLED":  # a failure's files stay: they say why
+        clear_half_trial(study.folder, len(study.journal))
     study.view.close()
     report = None
     if study.journal.trials:

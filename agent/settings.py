@@ -131,7 +131,7 @@ def read_plan(conf: Path, overrides: list[str]) -> Plan:
     try:
         values = compose(conf, "study", overrides)
     except ConfigError as error:
-        raise ConfigError(_with_study_keys(str(error))) from None
+        raise ConfigError(_about_study(str(error))) from None
     part = {key: values.pop(key) for key in ("study", "space") if key in values}
     mistakes = []
     config = study = None
@@ -150,11 +150,15 @@ def read_plan(conf: Path, overrides: list[str]) -> Plan:
     return Plan(study=study.study, space=study.space, config=config)
 
 
-def _with_study_keys(message: str) -> str:
-    """Hydra's refusal of an unknown key, with the nearest of the study's own keys."""
-    if not message.endswith("there is no such key."):
+def _about_study(message: str) -> str:
+    """Hydra's refusal of a key below `study` or `space`, with the nearest of their own keys."""
+    given = message.split(": there is no such key.")[0]
+    key = given.split("=")[0].lstrip("+~")
+    if given == message or key.split(".")[0] not in ("study", "space"):
         return message
-    return message + nearest(message.split("=")[0], leaf_keys(_StudyPart) + leaf_keys(Config))
+    if key in leaf_keys(_StudyPart):
+        return f"{given}: a key in it does not exist; conf/study.yaml has those that do."
+    return f"{given}: there is no such key.{nearest(key, leaf_keys(_StudyPart))}"
 
 
 def _mistakes_in_space(space: dict[str, Bounds]) -> list[str]:

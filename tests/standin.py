@@ -1,8 +1,8 @@
 """A stand-in project: a real git repository whose pretrain takes milliseconds.
 
-It has the real conf/, and small pipeline modules that obey the same contract: a config file in, files
-of fixed/result.py out. What a run does is said in its model.py, so a proposal's edit can make it
-better, worse, crash, hang or cheat.
+It has the real conf/, and small pipeline modules that obey the same contract: a config file in,
+files of fixed/result.py out. What a run does is said in its model.py, so a proposal's edit can make
+it better, worse, crash, hang or cheat.
 """
 
 import json

@@ -3,7 +3,9 @@
 Nothing is stored: the sampler is built anew from the journal for every proposal. It changes one to
 three keys and leaves the others at the incumbent's values, so a keep says what helped. Until it has
 STARTUP_TRIALS results it takes a random step near the incumbent, then it asks the TPE
-(Bergstra et al. 2011), whose model improves with every trial.
+(Bergstra et al. 2011), whose model improves with every trial. Both stay within REACH of the
+incumbent: with a dozen results a free TPE mostly proposes the far ends of the range, where nothing
+is known; a kept change moves the region.
 """
 
 import math
@@ -16,7 +18,8 @@ from agent.proposers import Context
 from nightshift.fixed.config import ConfigError, check, flatten, unflatten
 
 STARTUP_TRIALS = 10
-STEP = 0.2  # standard deviation of a random step, as a share of the range
+REACH = 0.35  # how far from the incumbent a proposal may be, as a share of the range
+STEP = 0.2  # standard deviation of a random step, likewise
 NUM_KEYS = (1, 1, 1, 2, 2, 3)  # how many keys change: mostly one, so that a gain has one cause
 ATTEMPTS = 200
 
@@ -27,11 +30,12 @@ def propose(context: Context) -> Proposal | None:
     incumbent = flatten(context.values)
     tried = _tried(context.journal)
     results = _results(context)
-    space = {key: bounds for key, bounds in context.space.items() if key in incumbent}
+    space = {k: _near(b, incumbent[k]) for k, b in context.space.items() if k in incumbent}
     for _ in range(ATTEMPTS if space else 0):
         keys = rng.sample(sorted(space), min(rng.choice(NUM_KEYS), len(space)))
         values = _values(keys, space, incumbent, results, rng)
-        overrides = {key: v for key, v in values.items() if v != incumbent[key]}
+        rounded = {k: _rounded(v, context.space[k], incumbent[k]) for k, v in values.items()}
+        overrides = {key: v for key, v in rounded.items() if v != incumbent[key]}
         if overrides and overrides not in tried and _is_valid(incumbent | overrides):
             return _proposal(overrides, incumbent, len(results))
     return None
@@ -43,20 +47,36 @@ def _values(keys, space, incumbent, results, rng: random.Random) -> dict[str, An
     return _ask_tpe(keys, space, results, rng)
 
 
+def _near(bounds, value):
+    """The bounds around the incumbent's value; the declared ones if it lies outside."""
+    if not _contains(bounds, value):
+        return bounds
+    if bounds.choices:
+        place = bounds.choices.index(value)  # choices are in order: the neighbours
+        near = bounds.choices[max(0, place - 1) : place + 2]
+        return bounds.model_copy(update={"choices": near})
+    there, back = _scale(bounds)
+    reach = REACH * (there(bounds.high) - there(bounds.low))
+    low, high = back(there(value) - reach), back(there(value) + reach)
+    return bounds.model_copy(update={"low": max(bounds.low, low), "high": min(bounds.high, high)})
+
+
+def _scale(bounds):
+    """To the scale on which equal steps count equally, and back."""
+    return (math.log, math.exp) if bounds.log else (float, float)
+
+
 def _random_step(bounds, value, rng: random.Random):
     if bounds.choices:
-        if value not in bounds.choices:
-            return rng.choice(bounds.choices)
-        place = bounds.choices.index(value)  # choices are in order: neighbours first
-        neighbours = bounds.choices[max(0, place - 1) : place + 2]
-        return rng.choice([choice for choice in neighbours if choice != value])
-    scale, back = (math.log, math.exp) if bounds.log else (float, float)
-    low, high = scale(bounds.low), scale(bounds.high)
-    start = min(max(scale(value), low), high) if not bounds.log or value > 0 else low
-    step = rng.gauss(0, STEP * (high - low))
-    if not low <= start + step <= high:  # turn back at a wall, or a value on it would hardly move
+        return rng.choice([choice for choice in bounds.choices if choice != value])
+    there, back = _scale(bounds)
+    low, high = there(bounds.low), there(bounds.high)
+    if not _contains(bounds, value):
+        return back(rng.uniform(low, high))
+    step = rng.gauss(0, STEP / REACH * (high - low) / 2)
+    if not low <= there(value) + step <= high:  # turn back at the wall
         step = -step
-    return _rounded(back(min(max(start + step, low), high)), bounds)
+    return back(min(max(there(value) + step, low), high))
 
 
 def _ask_tpe(keys, space, results, rng: random.Random) -> dict[str, Any]:
@@ -76,7 +96,7 @@ def _ask_tpe(keys, space, results, rng: random.Random) -> dict[str, Any]:
                 )
             )
         trial = study.ask()
-        return {key: _rounded(_suggest(trial, key, space[key]), space[key]) for key in keys}
+        return {key: _suggest(trial, key, space[key]) for key in keys}
 
 
 def _suggest(trial, key, bounds):
@@ -97,11 +117,11 @@ def _contains(bounds, value) -> bool:
     return isinstance(value, int | float) and bounds.low <= value <= bounds.high
 
 
-def _rounded(value, bounds):
-    """Two digits on a logarithmic scale, three otherwise; between whole numbers a whole one."""
+def _rounded(value, bounds, incumbent):
+    """Two digits on a logarithmic scale, three otherwise; a whole number where it was one."""
     if bounds.choices:
         return value
-    if isinstance(bounds.low, int) and isinstance(bounds.high, int):
+    if isinstance(incumbent, int):
         return round(value)
     value = float(f"{value:.2g}" if bounds.log else f"{value:.3g}")
     return min(max(value, bounds.low), bounds.high)
