@@ -1,6 +1,7 @@
 import sys
 from pathlib import Path
 
+import nightshift  # noqa: F401  before torch: it calms OpenMP's threads
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))   # tests import tiny.py, data_config.py, standin.py
