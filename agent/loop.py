@@ -31,7 +31,7 @@ from agent.settings import Plan, StudyError, differences, read_plan
 from agent.tracking import Mirror
 from agent.trial import PREPARE_LIMIT_S, Bench, Interrupted, Stop, data_digest
 from agent.view import View, summary
-from agent.warm import Starter, StartError, kill_marked
+from agent.warm import MARK, STUDY_MARK, Starter, StartError, kill_marked
 from nightshift.fixed.config import ROOT, ConfigError
 from nightshift.fixed.result import CHECKPOINT_FOLDER, write_json
 from nightshift.fixed.tracking import open_store
@@ -126,9 +126,15 @@ def run_trial(study: Study, number: int, parent: Trial | None) -> Trial | None:
             trial.status, trial.reason = "invalid", str(refusal)
         if trial.decision == "keep":
             title = f"trial {number:03d}: {proposal.title}"
-            trial.commit = workspace.record_keep(tree, study.folder / trial.runs[0].folder, title)
+            run_folder, marks = study.folder / trial.runs[0].folder, marks_of(study.folder, number)
+            trial.commit = workspace.record_keep(tree, run_folder, title, marks)
     trial.wall_s = round(time.monotonic() - started, 3)
     return trial
+
+
+def marks_of(study_folder: Path, number: int) -> dict[str, str]:
+    """In the environment of every process of a trial, so that none escapes (warm.py)."""
+    return {MARK: f"{study_folder.name}/{number:03d}", STUDY_MARK: str(study_folder)}
 
 
 def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Proposal | None:
@@ -188,7 +194,7 @@ def bench(study: Study, trial: Trial, tree: Path, folder: Path, config) -> Bench
     """The baseline builds the common data; a trial reads them and writes to its own place."""
     shared = (study.repo / config.runtime.cache_dir).resolve()
     return Bench(
-        mark=f"{study.name}/{trial.number:03d}",
+        marks=marks_of(study.folder, trial.number),
         study_folder=study.folder,
         folder=folder,
         tree=tree,
@@ -393,7 +399,7 @@ def begin(repo: Path, folder: Path, plan: Plan, base: str) -> dict:
         names = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
         print(f"{len(changed)} uncommitted changes are not part of the study: {names}", flush=True)
     with workspace.worktree(repo, folder / "trials/000/worktree", base) as tree:
-        first = workspace.write_first_commit(tree, plan.config, name)
+        first = workspace.write_first_commit(tree, plan.config, name, marks_of(folder, 0))
     settings = {
         "name": name,
         "branch": f"study/{name}",

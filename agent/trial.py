@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from agent.journal import Run
-from agent.warm import MARK, STUDY_MARK, Starter, kill_marked
+from agent.warm import MARK, Starter, kill_marked
 from nightshift.fixed.config import Config, check, config_digest
 from nightshift.fixed.result import (
     CHECKPOINT_FOLDER,
@@ -62,7 +62,7 @@ class Stop:
 class Bench:
     """Where one trial runs."""
 
-    mark: str  # <study>/<NNN>, in the environment of every process of the trial
+    marks: dict[str, str]  # in the environment of every process of the trial (warm.py)
     study_folder: Path
     folder: Path  # trials/NNN of it
     tree: Path  # the worktree
@@ -170,12 +170,11 @@ class Bench:
                     return None
             return code
         finally:
-            kill_marked(self.study_folder, self.mark)
+            kill_marked(self.study_folder, self.marks[MARK])
 
     def _environment(self) -> dict[str, str]:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(PRIVATE)}
-        marks = {MARK: self.mark, STUDY_MARK: str(self.study_folder)}
-        return inherited | marks | {"HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
+        return inherited | self.marks | {"HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
 
     def _numbers(self, seed: int, result: Result, folder: Path, wall_s: float) -> Run:
         training = result.training or _read(read_training, folder / TRAINING_FILE)

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -144,8 +145,15 @@ def worktree(repo: Path, folder: Path, commit: str) -> Iterator[Path]:
 
 def remove_worktree(repo: Path, folder: Path) -> None:
     """Also one whose folder or whose registration is gone. Others of the user are not looked at."""
-    if str(folder.resolve()) in worktrees(repo):
-        git(repo, "worktree", "remove", "--force", "--force", str(folder))
+    for attempt in range(20):  # a git command of a loop that was killed just now may still write
+        try:
+            if str(folder.resolve()) in worktrees(repo):
+                git(repo, "worktree", "remove", "--force", "--force", str(folder))
+            break
+        except StudyError:
+            if attempt == 19:
+                raise
+            time.sleep(0.1)
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -220,7 +228,7 @@ def _commit(tree: Path, message: str, paths: list[str]) -> str:
 # ---- the study's first commit ----
 
 
-def write_first_commit(tree: Path, config: Config, name: str) -> str:
+def write_first_commit(tree: Path, config: Config, name: str, marks: dict[str, str]) -> str:
     """Commit champion.yaml and params.yaml so that the branch alone says what the baseline ran."""
     wanted = flatten(reproducible(config.model_dump()))
     default = flatten(reproducible(compose(tree / "conf", "config", [])))
@@ -229,7 +237,7 @@ def write_first_commit(tree: Path, config: Config, name: str) -> str:
     composed = flatten(reproducible(check(compose(tree / "conf", "config", [])).model_dump()))
     if lost := [key for key, value in wanted.items() if composed[key] != value]:
         raise StudyError(f"{CHAMPION} cannot set {lost[0]}: a file after it in conf/ sets it again")
-    write_params(tree)
+    write_params(tree, marks)
     present = [path for path in (CHAMPION, "params.yaml") if (tree / path).exists()]
     return _commit(tree, f"study {name}: the baseline's configuration", present)
 
@@ -249,19 +257,22 @@ def merge_into_champion(path: Path, flat: dict[str, Any]) -> None:
     path.write_text(head + body, encoding="utf-8")
 
 
-def write_params(tree: Path) -> None:
+def write_params(tree: Path, marks: dict[str, str]) -> None:
     """params.yaml is conf/ composed; `nightshift.compose` writes it, where the project has it."""
     if (tree / "src/nightshift/compose.py").exists():
-        run_module(tree, "nightshift.compose")
+        run_module(tree, marks, "nightshift.compose")
 
 
-def run_module(tree: Path, module: str, *args: str) -> None:
-    """`python -m module` with the worktree's code. Raises StudyError with its last line."""
+def run_module(tree: Path, marks: dict[str, str], module: str, *args: str) -> None:
+    """`python -m module` with the worktree's code. Raises StudyError with its last line.
+
+    `marks` are the trial's (warm.py): a study that goes on after a kill ends what still runs.
+    """
     done = subprocess.run(
         [sys.executable, "-m", module, *args],
         cwd=tree,
         env={k: v for k, v in os.environ.items() if not k.startswith(("GIT_", "PYTHON"))}
-        | {"PYTHONPATH": str(tree / "src")},
+        | {"PYTHONPATH": str(tree / "src"), **marks},
         capture_output=True,
         encoding="utf-8",
         errors="replace",
@@ -402,20 +413,20 @@ def _count_lines(numstat: str) -> tuple[int, int]:
 # ---- a keep ----
 
 
-def record_keep(tree: Path, run_folder: Path, title: str) -> str:
+def record_keep(tree: Path, run_folder: Path, title: str, marks: dict[str, str]) -> str:
     """The commit of a kept trial: its own, or one more with params.yaml and the DVC state."""
-    settle_dvc(tree, run_folder)
+    settle_dvc(tree, run_folder, marks)
     present = [path for path in RECORDS if (tree / path).exists()]
     if not present or not git(tree, "status", "--porcelain", "--", *present):
         return git(tree, "rev-parse", "HEAD")
     return _commit(tree, f"{title}: parameters, data and weights", present)
 
 
-def settle_dvc(tree: Path, run_folder: Path) -> None:
+def settle_dvc(tree: Path, run_folder: Path, marks: dict[str, str]) -> None:
     """Bring params.yaml, dvc.lock and champion/ to what the kept run left, without running a stage.
 
     Where the project has no dvc.yaml, only params.yaml is written.
     """
-    write_params(tree)
+    write_params(tree, marks)
     if (tree / "dvc.yaml").exists() and (tree / "src/nightshift/promote.py").exists():
-        run_module(tree, "nightshift.promote", f"run={run_folder}")
+        run_module(tree, marks, "nightshift.promote", f"run={run_folder}")

@@ -31,7 +31,7 @@ def bench(project, tmp_path):
     study.mkdir()
     with workspace.worktree(project, study / "trials/001/worktree", "HEAD") as tree:
         bench = Bench(
-            mark="first/001",
+            marks={MARK: "first/001", STUDY_MARK: str(study)},
             study_folder=study,
             folder=study / "trials/001",
             tree=tree,
@@ -87,7 +87,7 @@ def test_what_a_run_does_becomes_a_status(bench, behaviour, status, words):
     assert result.status == status
     assert words is None or words in result.message
     assert (result.val_bpb is not None) == (status == "ok")
-    assert marked_processes(bench.study_folder, bench.mark) == []
+    assert marked_processes(bench.study_folder, bench.marks[MARK]) == []
 
 
 def test_killed_evaluator_is_repeated_alone(bench):
@@ -106,7 +106,7 @@ def test_wall_limit_kills_the_tree_and_what_forked_itself_away(bench):
     started = time.monotonic()
     result = run(bench, "hang", limit_s=0.7)
     assert result.status == "timeout" and "wall limit of 0.7 s" in result.message
-    assert marked_processes(bench.study_folder, bench.mark) == []
+    assert marked_processes(bench.study_folder, bench.marks[MARK]) == []
     assert time.monotonic() - started < 5
 
 
@@ -114,7 +114,7 @@ def test_stop_ends_the_run_and_leaves_nothing(bench):
     threading.Timer(0.5, lambda: setattr(bench.stop, "requested", True)).start()
     with pytest.raises(Interrupted):
         run(bench, "hang")
-    assert marked_processes(bench.study_folder, bench.mark) == []
+    assert marked_processes(bench.study_folder, bench.marks[MARK]) == []
 
 
 def test_killed_server_takes_its_run_along_and_the_run_is_repeated(bench):

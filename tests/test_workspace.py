@@ -141,7 +141,7 @@ def test_digest_sees_values_and_code_but_not_comments(tree):
 def test_first_commit_makes_the_branch_alone_say_what_the_baseline_ran(project, tree):
     asked = ["optim.matrix_lr=0.05", "budget=5min", "seed=9", "corpus.max_documents=40"]
     plan = read_plan(project / "conf", [*asked, "tracking=off", "runtime.num_threads=1"])
-    workspace.write_first_commit(tree, plan.config, "first")
+    workspace.write_first_commit(tree, plan.config, "first", {})
     resolved = workspace.resolve(tree)
     assert workspace.reproducible(resolved.model_dump()) == workspace.reproducible(
         plan.config.model_dump()
