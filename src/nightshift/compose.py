@@ -37,10 +37,9 @@ def refuse_edited(path: Path, fresh: dict[str, Any]) -> None:
     edits = [f"{key}={found[key]}" for key in found if key in composed and found[key] != composed[key]]
     if not edits:
         return
-    advice = " ".join(f"-S conf/trial/champion.yaml:{edit}" for edit in edits)
+    advice = " ".join(f"-S 'conf/trial/champion.yaml:++{edit}'" for edit in edits)
     raise ConfigError(f"params.yaml was edited ({', '.join(edits)}), and compose would undo it: it is written from conf/. "
-                      f"Use: dvc exp run {advice}   (a new key there needs +key=value; "
-                      "to drop the edit: rm params.yaml && dvc repro compose)")
+                      f"Use: dvc exp run {advice}   (to drop the edit: rm params.yaml && dvc repro compose)")
 
 
 def main() -> int:
