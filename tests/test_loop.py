@@ -191,7 +191,7 @@ def test_second_process_of_the_same_study_is_refused(project, capsys):
 
 def test_ctrl_c_stops_the_trial_and_the_same_command_goes_on(project):
     script(project, [behave("hang")])
-    arguments = overrides(1, "budget.wall_limit_s=2")
+    arguments = overrides(1, "budget.wall_limit_s=1")
     with started(project, arguments) as process:
         wait_for(lambda: (study_folder(project) / "trials/001/seed_1").exists())
         process.send_signal(signal.SIGINT)
