@@ -97,6 +97,7 @@ def run_trial(study: Study, number: int, parent: Trial | None) -> Trial | None:
             trial.status, trial.reason = "invalid", str(refusal)
         if trial.decision == "keep":
             title = f"trial {number:03d}: {proposal.title}"
+            study.view.show("recording data and weights")
             run_folder, marks = study.folder / trial.runs[0].folder, marks_of(study.folder, number)
             trial.commit = workspace.record_keep(tree, run_folder, title, marks)
     trial.wall_s = round(time.monotonic() - started, 3)
