@@ -69,7 +69,7 @@ def test_overrides_add_to_those_of_the_incumbent(tree):
         (values(optim=3), "override optim: there is no such key"),
         (values(optim__matrix_lr="fast"), "optim.matrix_lr ('fast')"),
         (values(optim__matrix_lr=-1.0), "optim.matrix_lr (-1.0)"),
-        (values(train__batch_tokens=5000), "Nearest: 4096 or 8192"),
+        (values(train__batch_tokens=5001), "train.batch_tokens (5001) must be a multiple"),
         (values(tokenizer__split_pattern="${model.mlp}"), "override tokenizer.split_pattern"),
         (edit("src/nightshift/fixed/evaluate.py"), "not editable"),
         (edit("src/nightshift/pretrain.py"), "not editable"),
