@@ -67,7 +67,7 @@ class Starter:
         self.socket, self.unread, self.events = ours, b"", {}
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         environment |= {MARK: PLACEHOLDER, STUDY_MARK: str(self.study_folder)}
-        environment.setdefault("GOMP_SPINCOUNT", "0")  # nightshift/__init__.py says why; torch is loaded here
+        environment.setdefault("GOMP_SPINCOUNT", "0")  # nightshift/__init__.py says why
         command = [
             sys.executable,
             "-P",
