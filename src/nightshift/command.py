@@ -103,6 +103,7 @@ def run(job: Callable[[dict[str, Any]], int], ready: Callable[[Config], None], a
 
     if arguments is not None:
         sys.argv = [sys.argv[0], *arguments]
+    options_first()
     given, unknown = get_args_parser().parse_known_args()
     if unknown:
         print(f"{unknown[0]}: there is no such option. Options: --multirun (-m), --cfg job, --help. "
@@ -130,6 +131,15 @@ def run(job: Callable[[dict[str, Any]], int], ready: Callable[[Config], None], a
 
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     return 0 if shows_only else max(codes, default=1)
+
+
+def options_first() -> None:
+    """argparse takes key=value arguments only in one row: `a=1 -m b=2` -> `-m a=1 b=2`."""
+    from hydra._internal.utils import get_args_parser
+
+    given, unknown = get_args_parser().parse_known_args()
+    overrides = given.overrides + [argument for argument in unknown if not argument.startswith("-")]
+    sys.argv = [sys.argv[0], *(a for a in sys.argv[1:] if a not in overrides), *overrides]
 
 
 def _config_place(given, config_name: str) -> tuple[Path, str]:
