@@ -26,9 +26,9 @@ class Proposal:
     """What to try and why: Hydra values, code edits, or both."""
 
     title: str
-    hypothesis: str                                      # one sentence
-    source: str                                          # baseline | sampler | recipes | ...
-    overrides: dict[str, Any] = field(default_factory=dict)   # {"optim.matrix_lr": 0.03}
+    hypothesis: str  # one sentence
+    source: str  # baseline | sampler | recipes | ...
+    overrides: dict[str, Any] = field(default_factory=dict)  # {"optim.matrix_lr": 0.03}
     edits: list[Edit] = field(default_factory=list)
 
     @property
@@ -53,7 +53,7 @@ class Run:
     peak_memory_gb: float | None = None
     mfu: float | None = None
     num_params: int | None = None
-    folder: str | None = None                            # relative to the study's folder
+    folder: str | None = None  # relative to the study's folder
 
 
 @dataclass(kw_only=True)
@@ -62,19 +62,19 @@ class Trial:
 
     number: int
     proposal: Proposal
-    parent: int | None                                   # trial that it started from
-    status: str                                          # what happened: ok crash timeout oom diverged invalid
-    decision: str                                        # what we did: keep | discard
-    reason: str                                          # in words, with the numbers
-    val_bpb: float | None = None                         # mean over the seeds that ran
-    gain: float | None = None                            # parent's val_bpb minus ours, same seeds; > 0 is better
+    parent: int | None  # trial that it started from
+    status: str  # what happened: ok crash timeout oom diverged invalid
+    decision: str  # what we did: keep | discard
+    reason: str  # in words, with the numbers
+    val_bpb: float | None = None  # mean over the seeds that ran
+    gain: float | None = None  # parent's val_bpb minus ours, same seeds; > 0 is better
     runs: list[Run] = field(default_factory=list)
-    commit: str | None = None                            # the code and config that ran
-    digest: str | None = None                            # of resolved config and editable code
+    commit: str | None = None  # the code and config that ran
+    digest: str | None = None  # of resolved config and editable code
     data_digest: str | None = None
     lines_added: int = 0
     lines_removed: int = 0
-    started_at: str = ""                                 # UTC, ISO 8601
+    started_at: str = ""  # UTC, ISO 8601
     wall_s: float | None = None
 
     @property
@@ -94,13 +94,15 @@ class Journal:
     def _read(self) -> None:
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):                       # a kill in mid-append: that trial never existed
+        if len(whole) < len(data):  # a kill in mid-append: that trial never existed
             with open(self.path, "r+b") as file:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.decode("utf-8").splitlines()):
             trial = trial_from_json(json.loads(line))
             if trial.number != number:
-                raise ValueError(f"{self.path}: line {number + 1} holds trial {trial.number}; the journal was edited")
+                raise ValueError(
+                    f"{self.path}: line {number + 1} holds trial {trial.number}; the journal was edited"
+                )
             self.trials.append(trial)
 
     def append(self, trial: Trial) -> None:
@@ -133,5 +135,10 @@ def proposal_from_json(values: dict[str, Any]) -> Proposal:
 
 
 def trial_from_json(values: dict[str, Any]) -> Trial:
-    return Trial(**{**values, "proposal": proposal_from_json(values["proposal"]),
-                    "runs": [Run(**r) for r in values["runs"]]})
+    return Trial(
+        **{
+            **values,
+            "proposal": proposal_from_json(values["proposal"]),
+            "runs": [Run(**r) for r in values["runs"]],
+        }
+    )

@@ -13,9 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import nightshift  # noqa: F401  before torch
 import torch
 
+import nightshift  # noqa: F401  before torch
 from nightshift import command, pretrain
 from nightshift.fixed import machine
 from nightshift.fixed.batches import Batches, ensure_tokens
@@ -52,7 +52,7 @@ def bare(config, device, dtype, tokenizer, batches) -> list[float]:
     optimizer = module.configure_optimizers()
     micro = config.train.batch_tokens // config.tokens_per_micro_batch
     ends = []
-    for step in range(int(config.budget.amount) + 2):   # two to warm up
+    for step in range(int(config.budget.amount) + 2):  # two to warm up
         module.progress = step / config.budget.amount if step < config.budget.amount else 1.0
         for i in range(micro):
             batch = [t.to(device) for t in batches.batch(step * micro + i)]
@@ -69,7 +69,16 @@ def trainer(config, device, dtype, tokenizer, batches, tokens) -> list[float]:
     module = make(config, device, dtype, tokenizer.vocab_size)
     with tempfile.TemporaryDirectory() as folder:
         log = open_store(config.tracking).start("benchmark", "pretrain")
-        recorder = Timed(module, config, Clock(config.budget, config.train.batch_tokens), batches, tokens, tokenizer, Path(folder), log)
+        recorder = Timed(
+            module,
+            config,
+            Clock(config.budget, config.train.batch_tokens),
+            batches,
+            tokens,
+            tokenizer,
+            Path(folder),
+            log,
+        )
         recorder.announce(device, dtype)
         pretrain.quiet_lightning()
         pretrain.lean_trainer(config, device, recorder).fit(module, recorder.loader())
@@ -77,15 +86,23 @@ def trainer(config, device, dtype, tokenizer, batches, tokens) -> list[float]:
 
 
 def main() -> None:
-    pairs, steps = (int(a) for a in (sys.argv[1:3] + ["6", "30"][len(sys.argv[1:3]):]))
-    overrides = ["tracking=off", "runtime.progress_bar=false", "runtime.num_dev_points=0", "budget.kind=steps",
-                 f"budget.amount={steps}", *sys.argv[3:]]
+    pairs, steps = (int(a) for a in (sys.argv[1:3] + ["6", "30"][len(sys.argv[1:3]) :]))
+    overrides = [
+        "tracking=off",
+        "runtime.progress_bar=false",
+        "runtime.num_dev_points=0",
+        "budget.kind=steps",
+        f"budget.amount={steps}",
+        *sys.argv[3:],
+    ]
     config = check(command.compose("config", overrides))
     device = machine.pick_device(config.runtime)
     machine.prepare(config.runtime, device)
     dtype = machine.pick_dtype(device, config.train)
     tokens, tokenizer = ensure_tokens(config), Tokenizer.load(ensure_tokenizer(config))
-    batches = Batches(tokens, "train", config.model.seq_len, config.train.micro_batch_size, config.seed)
+    batches = Batches(
+        tokens, "train", config.model.seq_len, config.train.micro_batch_size, config.seed
+    )
     sys.stdout, shown = open(os.devnull, "w"), sys.stdout
     ratios, bares, trainers = [], [], []
     for _ in range(pairs):
@@ -95,11 +112,15 @@ def main() -> None:
         trainers.append(b)
         ratios.append(b / a)
     sys.stdout = shown
-    print(f"{machine.facts(device)['cpu']}, {torch.get_num_threads()} threads, {device.type}, {dtype}, "
-          f"{config.train.batch_tokens} tokens a step, {pairs} pairs of {steps} steps")
+    print(
+        f"{machine.facts(device)['cpu']}, {torch.get_num_threads()} threads, {device.type}, {dtype}, "
+        f"{config.train.batch_tokens} tokens a step, {pairs} pairs of {steps} steps"
+    )
     print(f"bare loop       {statistics.median(bares) * 1e3:8.2f} ms a step")
     print(f"Trainer         {statistics.median(trainers) * 1e3:8.2f} ms a step")
-    print(f"ratio           {statistics.median(ratios):8.3f}  (min {min(ratios):.3f}, max {max(ratios):.3f})")
+    print(
+        f"ratio           {statistics.median(ratios):8.3f}  (min {min(ratios):.3f}, max {max(ratios):.3f})"
+    )
 
 
 if __name__ == "__main__":

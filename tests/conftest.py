@@ -1,8 +1,9 @@
 import sys
 from pathlib import Path
 
-import nightshift  # noqa: F401  before torch: it calms OpenMP's threads
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))   # tests import tiny.py, data_config.py, standin.py
-torch.set_num_threads(1)   # tests use tensors so small that a second thread only costs
+import nightshift  # noqa: F401  before torch: it calms OpenMP's threads
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests import tiny.py, data_config.py, standin.py
+torch.set_num_threads(1)  # tests use tensors so small that a second thread only costs

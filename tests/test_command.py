@@ -44,7 +44,9 @@ WRONG = {
 
 
 @pytest.mark.parametrize("given", WRONG)
-def test_a_wrong_input_gives_one_clear_line_and_writes_nothing(given, tmp_path, monkeypatch, capsys):
+def test_a_wrong_input_gives_one_clear_line_and_writes_nothing(
+    given, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     assert pretrain.main(given.split()) != 0
     out, error = capsys.readouterr()
@@ -75,7 +77,9 @@ def test_a_group_choice_does_not_lose_silently_to_the_champion(tmp_path):
     conf = tmp_path / "conf"
     (conf / "trial").mkdir(parents=True)
     (conf / "trial" / "champion.yaml").write_text("# @package _global_\nmodel:\n  depth: 5\n")
-    with pytest.raises(ConfigError, match=r"model=d12: .*model.depth and would win over it. Add trial=none"):
+    with pytest.raises(
+        ConfigError, match=r"model=d12: .*model.depth and would win over it. Add trial=none"
+    ):
         command.check_champion(["model=d12"], conf)
     command.check_champion(["model=d12", "trial=none"], conf)
     command.check_champion(["model.depth=6"], conf)
@@ -93,7 +97,9 @@ def test_every_choice_of_every_group_is_valid():
         for file in (CONF / group).glob("*.yaml"):
             check(command.compose("config", [f"{group}={file.stem}", *extra.get(file.stem, [])]))
     for model, train in (("d6", "cpu"), ("d12", "gpu")):
-        overrides = [f"model={model}", f"train={train}"] + (["train.micro_batch_size=2"] if model == "d6" else [])
+        overrides = [f"model={model}", f"train={train}"] + (
+            ["train.micro_batch_size=2"] if model == "d6" else []
+        )
         check(command.compose("config", overrides))
 
 
@@ -114,7 +120,9 @@ def test_compose_refuses_an_edited_params_file_and_names_the_command(tmp_path):
     path.write_text(compose.params_text(values))
     compose.refuse_edited(path, values)
     path.write_text(path.read_text().replace("matrix_lr: 0.02", "matrix_lr: 0.07"))
-    with pytest.raises(ConfigError, match=r"-S 'conf/trial/champion.yaml:\+\+optim.matrix_lr=0.07'"):
+    with pytest.raises(
+        ConfigError, match=r"-S 'conf/trial/champion.yaml:\+\+optim.matrix_lr=0.07'"
+    ):
         compose.refuse_edited(path, values)
 
 

@@ -43,7 +43,9 @@ def test_bpb_of_a_uniform_model_is_log2_of_the_vocabulary_for_one_byte_tokens(to
 @pytest.mark.parametrize("seq_len, batch_size", [(8, 1), (32, 4), (1000, 3), (100_000, 1)])
 def test_every_token_is_a_target_once_whatever_the_windows(tokenizer, texts, seq_len, batch_size):
     stream = token_stream(texts, tokenizer)
-    inputs, targets = (torch.cat([w[i].flatten() for w in windows(stream, seq_len, batch_size)]) for i in (0, 1))
+    inputs, targets = (
+        torch.cat([w[i].flatten() for w in windows(stream, seq_len, batch_size)]) for i in (0, 1)
+    )
     scored = targets >= 0
     assert np.array_equal(targets[scored].numpy(), stream[1:])
     assert np.array_equal(inputs[scored].numpy(), stream[:-1])
@@ -55,7 +57,10 @@ def test_a_better_model_has_a_lower_number(tokenizer, texts):
         logits[..., 97:123] = 3.0
         return logits
 
-    assert score(likes_letters, texts, tokenizer, 32, 4, CPU)[0] < score(uniform, texts, tokenizer, 32, 4, CPU)[0]
+    assert (
+        score(likes_letters, texts, tokenizer, 32, 4, CPU)[0]
+        < score(uniform, texts, tokenizer, 32, 4, CPU)[0]
+    )
 
 
 def test_inflated_logits_change_nothing(tokenizer, texts):
@@ -111,7 +116,9 @@ def test_out_of_memory_halves_the_batch_and_gives_the_same_number(tokenizer, tex
             raise torch.OutOfMemoryError("too much")
         return uniform(tokens)
 
-    assert score(hungry, texts, tokenizer, 32, 16, CPU) == score(uniform, texts, tokenizer, 32, 2, CPU)
+    assert score(hungry, texts, tokenizer, 32, 16, CPU) == score(
+        uniform, texts, tokenizer, 32, 2, CPU
+    )
 
 
 def test_val_text_is_whole_documents_up_to_the_limit(monkeypatch):

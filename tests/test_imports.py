@@ -19,7 +19,12 @@ ALLOWED = {
 }
 # The two arrows that point up, each commented where it is: the candidate's model, the candidate's filter.
 EXCEPTIONS = {("checkpoint", "nightshift.model"), ("batches", "nightshift.filtering")}
-TORCH_FREE = {"nightshift.command", "nightshift.fixed.config", "nightshift.fixed.result", "nightshift.fixed.tracking"}
+TORCH_FREE = {
+    "nightshift.command",
+    "nightshift.fixed.config",
+    "nightshift.fixed.result",
+    "nightshift.fixed.tracking",
+}
 SOURCES = ROOT / "src" / "nightshift"
 
 
@@ -31,7 +36,10 @@ def imports_of(path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             package = node.module
-            found |= {f"{package}.{a.name}" if is_module(f"{package}.{a.name}") else package for a in node.names}
+            found |= {
+                f"{package}.{a.name}" if is_module(f"{package}.{a.name}") else package
+                for a in node.names
+            }
     return {name for name in found if name.split(".")[0] in ("nightshift", "agent")}
 
 
@@ -43,7 +51,11 @@ def is_module(name: str) -> bool:
 
 @pytest.mark.parametrize("path", sorted((SOURCES / "fixed").glob("*.py")), ids=lambda p: p.stem)
 def test_the_ruler_imports_nothing_above_it(path):
-    above = {name for name in imports_of(path) if not name.startswith("nightshift.fixed") and name != "nightshift"}
+    above = {
+        name
+        for name in imports_of(path)
+        if not name.startswith("nightshift.fixed") and name != "nightshift"
+    }
     assert {(path.stem, name) for name in above} <= EXCEPTIONS
 
 

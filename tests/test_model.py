@@ -75,7 +75,9 @@ def test_softcap_bounds_logits_and_rms_norm_has_unit_scale():
     with torch.no_grad():
         model.head.weight.mul_(100)
     assert model(torch.randint(0, 300, (1, 32))).abs().max() <= 3.0
-    torch.testing.assert_close(rms_norm(torch.randn(5, 64)).square().mean(-1), torch.ones(5), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        rms_norm(torch.randn(5, 64)).square().mean(-1), torch.ones(5), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_one_dial_sets_width_and_heads():

@@ -31,8 +31,12 @@ def test_adamw_agrees_with_torch():
     ours, theirs = torch.nn.Parameter(torch.randn(5, 7)), None
     theirs = torch.nn.Parameter(ours.detach().clone())
     optim = Optim(**OPTIM)
-    mine = MuonAdamW([{"params": [ours], "kind": "adamw", "initial_lr": 0.01, "lr": 0.01}], optim, torch.float32)
-    reference = torch.optim.AdamW([theirs], lr=0.01, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=0)
+    mine = MuonAdamW(
+        [{"params": [ours], "kind": "adamw", "initial_lr": 0.01, "lr": 0.01}], optim, torch.float32
+    )
+    reference = torch.optim.AdamW(
+        [theirs], lr=0.01, betas=(optim.beta1, optim.beta2), eps=optim.eps, weight_decay=0
+    )
     for _ in range(5):
         gradient = torch.randn(5, 7)
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -44,7 +48,9 @@ def test_muon_moves_a_matrix_by_its_learning_rate_in_every_direction():
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.zeros(32, 32))
     optim = Optim(**OPTIM | {"weight_decay": 0.0})
-    step = MuonAdamW([{"params": [weight], "kind": "muon", "initial_lr": 0.1, "lr": 0.1}], optim, torch.float32)
+    step = MuonAdamW(
+        [{"params": [weight], "kind": "muon", "initial_lr": 0.1, "lr": 0.1}], optim, torch.float32
+    )
     weight.grad = torch.randn(32, 32) * 1e-4  # the scale of the gradient does not matter
     step.step()
     moved = torch.linalg.svdvals(weight.detach())

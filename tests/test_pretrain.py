@@ -57,22 +57,36 @@ def test_same_seed_same_weights_other_seed_other_weights(shared):
     weights = load_file(folder / "checkpoint" / "model.safetensors")
     _, again, _ = run(tmp_path, "again", **{"budget.amount": 30.0})
     _, other, _ = run(tmp_path, "other", **{"budget.amount": 30.0, "seed": 2})
-    assert all(torch.equal(weights[k], w) for k, w in load_file(again / "checkpoint" / "model.safetensors").items())
-    assert any(not torch.equal(weights[k], w) for k, w in load_file(other / "checkpoint" / "model.safetensors").items())
+    assert all(
+        torch.equal(weights[k], w)
+        for k, w in load_file(again / "checkpoint" / "model.safetensors").items()
+    )
+    assert any(
+        not torch.equal(weights[k], w)
+        for k, w in load_file(other / "checkpoint" / "model.safetensors").items()
+    )
 
 
 def test_a_run_on_a_clock_is_replayed_step_for_step(tmp_path):
     first, folder, _ = run(tmp_path, "clock", **{"budget.kind": "seconds", "budget.amount": 1.0})
-    second, again, _ = run(tmp_path, "replay", **{"budget.kind": "seconds", "budget.amount": 1.0, "budget.replay": str(folder)})
+    second, again, _ = run(
+        tmp_path,
+        "replay",
+        **{"budget.kind": "seconds", "budget.amount": 1.0, "budget.replay": str(folder)},
+    )
     assert first.steps == second.steps > 3
-    assert checkpoint.weights_sha256(folder / "checkpoint") == checkpoint.weights_sha256(again / "checkpoint")
+    assert checkpoint.weights_sha256(folder / "checkpoint") == checkpoint.weights_sha256(
+        again / "checkpoint"
+    )
 
 
 def test_the_warm_up_leaves_no_trace(tmp_path, monkeypatch):
     _, with_it, _ = run(tmp_path, "with")
     monkeypatch.setattr(recorder, "NUM_WARM_UP_STEPS", 0)
     _, without, _ = run(tmp_path, "without")
-    assert checkpoint.weights_sha256(with_it / "checkpoint") == checkpoint.weights_sha256(without / "checkpoint")
+    assert checkpoint.weights_sha256(with_it / "checkpoint") == checkpoint.weights_sha256(
+        without / "checkpoint"
+    )
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):
@@ -83,7 +97,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):
     checkpoint.write_config(cfg, tmp_path / "conf" / "config.yaml")
     command = [sys.executable, "-m", "nightshift.pretrain", "--config-path", str(tmp_path / "conf"),
                "hydra.output_subdir=null", f"hydra.run.dir={tmp_path / 'cut'}", "hydra/job_logging=none"]  # fmt: skip
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.DEVNULL
+    )
     curve = tmp_path / "cut" / "curve.jsonl"
     deadline = time.monotonic() + 60
     while len(read_curve(curve)) < 5 and time.monotonic() < deadline:
@@ -92,9 +108,13 @@ def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):
     assert process.wait(60) == pretrain.EXIT_INTERRUPTED
     cut = read_training(tmp_path / "cut" / "training.json")
     assert cut.interrupted and 10 <= cut.steps < 150
-    resumed = pretrain.continued(config(tmp_path, resume=str(tmp_path / "cut"), **steps), ["resume=x"])
+    resumed = pretrain.continued(
+        config(tmp_path, resume=str(tmp_path / "cut"), **steps), ["resume=x"]
+    )
     pretrain.train(resumed, tmp_path / "resumed", open_store(cfg.tracking).start("r", "pretrain"))
-    assert checkpoint.weights_sha256(tmp_path / "resumed" / "checkpoint") == checkpoint.weights_sha256(whole / "checkpoint")
+    assert checkpoint.weights_sha256(
+        tmp_path / "resumed" / "checkpoint"
+    ) == checkpoint.weights_sha256(whole / "checkpoint")
     points = [p["step"] for p in read_curve(tmp_path / "resumed" / "curve.jsonl")]
     assert points == sorted(set(points)) and points[-1] == 150
 
@@ -132,7 +152,9 @@ def test_a_resumed_run_refuses_another_configuration(tmp_path):
     folder = tmp_path / "r" / "checkpoint"
     checkpoint.write_config(config(tmp_path), folder / "config.yaml")
     with pytest.raises(ConfigError, match="optim.matrix_lr: a resumed run keeps"):
-        pretrain.continued(config(tmp_path, resume=str(tmp_path / "r")), ["resume=r", "optim.matrix_lr=0.1"])
+        pretrain.continued(
+            config(tmp_path, resume=str(tmp_path / "r")), ["resume=r", "optim.matrix_lr=0.1"]
+        )
 
 
 def test_weights_of_another_model_are_refused(shared):

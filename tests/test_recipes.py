@@ -14,14 +14,16 @@ from nightshift.fixed.config import CONF, ROOT, Schedule
 from nightshift.model import GPT
 
 RECIPES = read_recipes()
-MODULES = ("model", "optim", "schedule", "filtering", "training")   # in the order of their imports
+MODULES = ("model", "optim", "schedule", "filtering", "training")  # in the order of their imports
 
 
 def edited_files(recipe) -> dict[str, str]:
     texts: dict[str, str] = {}
     for edit in recipe.edits:
         text = texts.get(edit.path, (ROOT / edit.path).read_text(encoding="utf-8"))
-        assert text.count(edit.search) == 1, f"{edit.path}: {text.count(edit.search)} times: {edit.search}"
+        assert text.count(edit.search) == 1, (
+            f"{edit.path}: {text.count(edit.search)} times: {edit.search}"
+        )
         texts[edit.path] = text.replace(edit.search, edit.replace)
     return texts
 
@@ -66,7 +68,12 @@ def test_a_recipe_fits_trains_and_stays_causal(recipe, tmp_path, monkeypatch):
     altered = batch[0].clone()
     altered[:, 20:] = (altered[:, 20:] + 1) % 300
     torch.testing.assert_close(model(batch[0])[:, :20], model(altered)[:, :20])
-    shape = [edited["schedule"].lr_scale(i / 10, Schedule(warmup_frac=0.1, warmdown_frac=0.5, final_lr_frac=0.0)) for i in range(11)]
+    shape = [
+        edited["schedule"].lr_scale(
+            i / 10, Schedule(warmup_frac=0.1, warmdown_frac=0.5, final_lr_frac=0.0)
+        )
+        for i in range(11)
+    ]
     assert shape[5] == 1.0 and abs(shape[10]) < 1e-9 and all(0 <= s <= 1 for s in shape)
     documents = [("a", "We must do the work that is before us.\n" * 9)]
     assert list(edited["filtering"].select(documents, cfg.filter))
@@ -79,16 +86,22 @@ def test_a_recipe_says_why(recipe):
 
 def test_the_editable_surface_stays_small():
     """An agent is always shown all of what it may change: at most 1,000 lines."""
-    lines = sum(len((ROOT / f"src/nightshift/{name}.py").read_text().splitlines()) for name in MODULES)
+    lines = sum(
+        len((ROOT / f"src/nightshift/{name}.py").read_text().splitlines()) for name in MODULES
+    )
     groups = ("filter", "tokenizer", "model", "optim", "schedule", "train")
-    lines += sum(len(f.read_text().splitlines()) for group in groups for f in (CONF / group).glob("*.yaml"))
+    lines += sum(
+        len(f.read_text().splitlines()) for group in groups for f in (CONF / group).glob("*.yaml")
+    )
     assert lines < 1000
 
 
 def test_presets_choose_files_and_set_no_editable_value():
     for file in (CONF / "preset").glob("*.yaml"):
         values = yaml.safe_load(file.read_text()) or {}
-        assert not set(values) & {"filter", "tokenizer", "model", "optim", "schedule", "train"}, file.name
+        assert not set(values) & {"filter", "tokenizer", "model", "optim", "schedule", "train"}, (
+            file.name
+        )
 
 
 @pytest.mark.slow
@@ -97,10 +110,25 @@ def test_a_recipe_runs_in_the_real_pipeline(recipe, tmp_path):
     import shutil
 
     for part in ("src", "conf"):
-        shutil.copytree(ROOT / part, tmp_path / "tree" / part, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            ROOT / part, tmp_path / "tree" / part, ignore=shutil.ignore_patterns("__pycache__")
+        )
     for path, text in edited_files(recipe).items():
         (tmp_path / "tree" / path).write_text(text, encoding="utf-8")
-    command = [sys.executable, "-m", "nightshift.pretrain", "budget=smoke", "tracking=off", "evaluate.max_bytes=5000",
-               f"hydra.run.dir={tmp_path / 'run'}"]
-    done = subprocess.run(command, cwd=tmp_path / "tree", env={"PYTHONPATH": "src", "PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "nightshift.pretrain",
+        "budget=smoke",
+        "tracking=off",
+        "evaluate.max_bytes=5000",
+        f"hydra.run.dir={tmp_path / 'run'}",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path / "tree",
+        env={"PYTHONPATH": "src", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
     assert "status:          ok" in done.stdout, done.stderr[-2000:]

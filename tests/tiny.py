@@ -27,9 +27,15 @@ def model_config(**changes) -> Model:
 def write_texts(folder: Path, num_files: int = 40) -> Path:
     """Documents of made-up but regular sentences."""
     folder.mkdir(parents=True, exist_ok=True)
-    nouns, verbs = ["night", "model", "river", "seed", "train"], ["sees", "keeps", "learns", "finds"]
+    nouns, verbs = (
+        ["night", "model", "river", "seed", "train"],
+        ["sees", "keeps", "learns", "finds"],
+    )
     for i in range(num_files):
-        lines = [f"The {nouns[(i + j) % 5]} {verbs[(i * j) % 4]} the {nouns[(i * 3 + j) % 5]} {i * j}." for j in range(30)]
+        lines = [
+            f"The {nouns[(i + j) % 5]} {verbs[(i * j) % 4]} the {nouns[(i * 3 + j) % 5]} {i * j}."
+            for j in range(30)
+        ]
         (folder / f"{i:03d}.txt").write_text("\n".join(lines))
     return folder
 

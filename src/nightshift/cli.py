@@ -5,9 +5,15 @@ import os
 import sys
 
 COMMANDS = {
-    "study": ("agent.loop", "run a study: baseline, then trials; keep what is better (resumes by name)"),
+    "study": (
+        "agent.loop",
+        "run a study: baseline, then trials; keep what is better (resumes by name)",
+    ),
     "report": ("agent.report", "chart, table and summary of a study"),
-    "pretrain": ("nightshift.pretrain", "train one model; -m sweeps: -m optim.matrix_lr=0.01,0.02,0.04"),
+    "pretrain": (
+        "nightshift.pretrain",
+        "train one model; -m sweeps: -m optim.matrix_lr=0.01,0.02,0.04",
+    ),
     "evaluate": ("nightshift.fixed.evaluate", "score a run again: run=outputs/pretrain/<run>"),
     "ui": ("nightshift.ui", "open the MLflow UI on the right store"),
 }
@@ -33,7 +39,10 @@ def main() -> int:
 
         close = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f" Nearest: {close[0]}." if close else ""
-        print(f"{name}: there is no such command. Commands: {', '.join(COMMANDS)}.{hint}", file=sys.stderr)
+        print(
+            f"{name}: there is no such command. Commands: {', '.join(COMMANDS)}.{hint}",
+            file=sys.stderr,
+        )
         return 2
     refuse_other_checkout()
     try:
@@ -48,8 +57,10 @@ def refuse_other_checkout() -> None:
 
     here = os.getcwd()
     if os.path.isfile("src/nightshift/cli.py") and not os.path.samefile(here, ROOT):
-        sys.exit(f"this nightshift belongs to {ROOT}, you stand in {here}. "
-                 "Use that checkout's own environment: make setup && .venv/bin/nightshift ...")
+        sys.exit(
+            f"this nightshift belongs to {ROOT}, you stand in {here}. "
+            "Use that checkout's own environment: make setup && .venv/bin/nightshift ..."
+        )
 
 
 if __name__ == "__main__":

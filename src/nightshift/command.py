@@ -10,12 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nightshift.fixed.config import CONF, ConfigError, check, nearest, schema_keys, Config
+from nightshift.fixed.config import CONF, Config, ConfigError, check, nearest, schema_keys
 
-SHOWS_ONLY = ("--help", "-h", "--hydra-help", "--version", "--cfg", "-c", "--info", "-i", "--shell-completion", "-sc")
+SHOWS_ONLY = (
+    "--help",
+    "-h",
+    "--hydra-help",
+    "--version",
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--shell-completion",
+    "-sc",
+)
 
 
-def compose(config_name: str = "config", overrides: list[str] | None = None, conf: Path = CONF) -> dict[str, Any]:
+def compose(
+    config_name: str = "config", overrides: list[str] | None = None, conf: Path = CONF
+) -> dict[str, Any]:
     """Plain values. Raises ConfigError with one line for what Hydra would say in twenty."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
@@ -28,7 +41,9 @@ def compose(config_name: str = "config", overrides: list[str] | None = None, con
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(conf.resolve()), version_base="1.3"):
-            return OmegaConf.to_container(hydra_compose(config_name, overrides=overrides or []), resolve=True)
+            return OmegaConf.to_container(
+                hydra_compose(config_name, overrides=overrides or []), resolve=True
+            )
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(explain(error, overrides or [])) from None
 
@@ -41,20 +56,31 @@ def explain(error: Exception, overrides: list[str]) -> str:
         options = _options(group)
         if options:
             return f"{group}={choice}: there is no such choice. Choices: {', '.join(options)}.{nearest(choice, options)}"
-    if match := re.search(r"Could not (?:override|append|delete)[^']*'([^']+)'|Key '([^']+)' is not in struct", text):
+    if match := re.search(
+        r"Could not (?:override|append|delete)[^']*'([^']+)'|Key '([^']+)' is not in struct", text
+    ):
         key = (match.group(1) or match.group(2)).split("@")[0]
         given = next((o for o in overrides if o.lstrip("+~").startswith(key)), key)
         return f"{given}: there is no such key.{nearest(key, schema_keys(Config))}"
     if "Ambiguous value for argument" in text:
         wrong = next((o for o in overrides if o in text), overrides[0])
         return f"{wrong}: several values need a multirun: add -m. A list is written key=[a,b]."
-    if "mismatched input" in text or "no viable alternative" in text or "extraneous input" in text or "missing EQUAL" in text:
+    if (
+        "mismatched input" in text
+        or "no viable alternative" in text
+        or "extraneous input" in text
+        or "missing EQUAL" in text
+    ):
         wrong = next((o for o in overrides if o in text or "=" not in o), " ".join(overrides))
         return f"{wrong}: cannot be read. Write key=value, e.g. model.depth=6; quote values with spaces or commas."
     if type(error).__name__.endswith("YAMLError") or hasattr(error, "problem_mark"):
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: not valid YAML ({error.problem})."
-    lines = [line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
+    lines = [
+        line.strip()
+        for line in text.splitlines()
+        if line.strip() and "HYDRA_FULL_ERROR" not in line
+    ]
     return " ".join(lines[:3])
 
 
@@ -87,11 +113,17 @@ def check_champion(overrides: list[str], conf: Path = CONF) -> None:
     for override in overrides:
         group = override.split("=", 1)[0]
         if "/" not in group and "." not in group and isinstance(champion.get(group), dict):
-            raise ConfigError(f"{override}: conf/trial/champion.yaml sets {', '.join(f'{group}.{k}' for k in champion[group])} "
-                              "and would win over it. Add trial=none to leave the accepted changes out")
+            raise ConfigError(
+                f"{override}: conf/trial/champion.yaml sets {', '.join(f'{group}.{k}' for k in champion[group])} "
+                "and would win over it. Add trial=none to leave the accepted changes out"
+            )
 
 
-def run(job: Callable[[dict[str, Any]], int], ready: Callable[[Config], None], arguments: list[str] | None = None) -> int:
+def run(
+    job: Callable[[dict[str, Any]], int],
+    ready: Callable[[Config], None],
+    arguments: list[str] | None = None,
+) -> int:
     """Runs `job(values)` once, or once for each job of a multirun; returns the exit status.
 
     `ready(config)` looks for mistakes that need a look at the machine, before anything is written.
@@ -106,14 +138,19 @@ def run(job: Callable[[dict[str, Any]], int], ready: Callable[[Config], None], a
     options_first()
     given, unknown = get_args_parser().parse_known_args()
     if unknown:
-        print(f"{unknown[0]}: there is no such option. Options: --multirun (-m), --cfg job, --help. "
-              "Knobs are written key=value", file=sys.stderr)
+        print(
+            f"{unknown[0]}: there is no such option. Options: --multirun (-m), --cfg job, --help. "
+            "Knobs are written key=value",
+            file=sys.stderr,
+        )
         return 2
     shows_only = any(argument.split("=")[0] in SHOWS_ONLY for argument in sys.argv[1:])
     try:
         if not any(a in ("--help", "-h", "--hydra-help", "--version") for a in sys.argv[1:]):
             conf, name = _config_place(given, "config")
-            values = compose(name, [first_of_sweep(o) if given.multirun else o for o in given.overrides], conf)
+            values = compose(
+                name, [first_of_sweep(o) if given.multirun else o for o in given.overrides], conf
+            )
             if conf == CONF:
                 check_champion(given.overrides)
             if not given.multirun:
@@ -144,7 +181,9 @@ def options_first() -> None:
 
 def _config_place(given, config_name: str) -> tuple[Path, str]:
     conf = Path(given.config_path) if given.config_path else CONF
-    return (conf if conf.is_absolute() else Path.cwd() / conf).resolve(), given.config_name or config_name
+    return (
+        conf if conf.is_absolute() else Path.cwd() / conf
+    ).resolve(), given.config_name or config_name
 
 
 def _pipeline(values: dict[str, Any]) -> dict[str, Any]:

@@ -17,13 +17,26 @@ from nightshift import command
 from nightshift.fixed.config import ROOT, ConfigError, check, flatten
 
 # What the stages of dvc.yaml read. The rest (resume, MLflow, this machine) is not part of the pipeline.
-KEYS = ("seed", "corpus", "filter", "tokenizer", "model", "optim", "schedule", "train", "budget", "evaluate")
+KEYS = (
+    "seed",
+    "corpus",
+    "filter",
+    "tokenizer",
+    "model",
+    "optim",
+    "schedule",
+    "train",
+    "budget",
+    "evaluate",
+)
 REST = ("resume", "parent_run_id", "run_name", "runtime", "tracking")
 HEADER = "# Written by `dvc repro compose` from conf/; change conf/trial/champion.yaml instead. sha256 {digest}\n"
 
 
 def params_text(values: dict[str, Any]) -> str:
-    body = yaml.safe_dump({key: values[key] for key in KEYS + REST}, sort_keys=False, allow_unicode=True)
+    body = yaml.safe_dump(
+        {key: values[key] for key in KEYS + REST}, sort_keys=False, allow_unicode=True
+    )
     return HEADER.format(digest=hashlib.sha256(body.encode()).hexdigest()[:16]) + body
 
 
@@ -34,12 +47,16 @@ def refuse_edited(path: Path, fresh: dict[str, Any]) -> None:
     if header + "\n" == HEADER.format(digest=hashlib.sha256(body.encode()).hexdigest()[:16]):
         return
     found, composed = flatten(yaml.safe_load(body) or {}), flatten(fresh)
-    edits = [f"{key}={found[key]}" for key in found if key in composed and found[key] != composed[key]]
+    edits = [
+        f"{key}={found[key]}" for key in found if key in composed and found[key] != composed[key]
+    ]
     if not edits:
         return
     advice = " ".join(f"-S 'conf/trial/champion.yaml:++{edit}'" for edit in edits)
-    raise ConfigError(f"params.yaml was edited ({', '.join(edits)}), and compose would undo it: it is written from conf/. "
-                      f"Use: dvc exp run {advice}   (to drop the edit: rm params.yaml && dvc repro compose)")
+    raise ConfigError(
+        f"params.yaml was edited ({', '.join(edits)}), and compose would undo it: it is written from conf/. "
+        f"Use: dvc exp run {advice}   (to drop the edit: rm params.yaml && dvc repro compose)"
+    )
 
 
 def main() -> int:

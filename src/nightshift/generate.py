@@ -7,7 +7,9 @@ from nightshift.model import GPT
 
 
 @torch.inference_mode()
-def complete(model: GPT, tokenizer: Tokenizer, prompt: str, num_tokens: int, temperature: float, seed: int) -> str:
+def complete(
+    model: GPT, tokenizer: Tokenizer, prompt: str, num_tokens: int, temperature: float, seed: int
+) -> str:
     """The sampled continuation, without the prompt; ends early at a document boundary."""
     device = next(model.parameters()).device
     random = torch.Generator(device="cpu").manual_seed(seed)

@@ -78,13 +78,15 @@ class Attention(nn.Module):
             age = torch.arange(self.seq_len)[:, None] - torch.arange(self.seq_len)[None, :]
             self.register_buffer("mask_TT", (age >= 0) & (age < self.window), persistent=False)
 
-    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], value_embed_BTC: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], value_embed_BTC: Tensor | None
+    ) -> Tensor:
         B, T, _ = x_BTC.shape
         q_BTHD = self.query(x_BTC).view(B, T, self.n_head, self.head_dim)
         k_BTKD = self.key(x_BTC).view(B, T, self.n_kv_head, self.head_dim)
         v_BTKD = self.value(x_BTC).view(B, T, self.n_kv_head, self.head_dim)
         if value_embed_BTC is not None:
-            gate = 2 * torch.sigmoid(self.value_mix).to(x_BTC.dtype)   # 1 at the start
+            gate = 2 * torch.sigmoid(self.value_mix).to(x_BTC.dtype)  # 1 at the start
             v_BTKD = v_BTKD + gate[:, None] * value_embed_BTC.view_as(v_BTKD)
         q_BTHD = rms_norm(apply_rope(q_BTHD, *rope))
         k_BTKD = rms_norm(apply_rope(k_BTKD, *rope))
@@ -94,12 +96,16 @@ class Attention(nn.Module):
     def attend(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         T, grouped = q_BHTD.size(2), self.n_kv_head != self.n_head
         if self.window >= T and not self.use_flex:
-            return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=grouped)
+            return F.scaled_dot_product_attention(
+                q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=grouped
+            )
         # A mask makes sdpa leave its fast CUDA kernel, FlexAttention skips the masked blocks instead.
         if self.use_flex or (self.flex_where_it_pays and q_BHTD.is_cuda):
             return flex_window(q_BHTD, k_BKTD, v_BKTD, self.window, grouped)
         mask = self.mask_TT[:T, :T]
-        return F.scaled_dot_product_attention(q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BKTD, v_BKTD, attn_mask=mask, enable_gqa=grouped
+        )
 
 
 def flex_window(q: Tensor, k: Tensor, v: Tensor, window: int, grouped: bool) -> Tensor:
@@ -134,7 +140,9 @@ class Block(nn.Module):
         self.attention = Attention(config, layer)
         self.mlp = MLP(config)
 
-    def forward(self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], value_embed_BTC: Tensor | None) -> Tensor:
+    def forward(
+        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor], value_embed_BTC: Tensor | None
+    ) -> Tensor:
         x_BTC = x_BTC + self.attention(rms_norm(x_BTC), rope, value_embed_BTC)
         return x_BTC + self.mlp(rms_norm(x_BTC))
 
@@ -150,10 +158,13 @@ class GPT(nn.Module):
         if config.tied_head:
             self.head.weight = self.embed.weight
         kv_width = config.width // config.kv_group
-        self.value_embeds = nn.ModuleDict({
-            str(layer): nn.Embedding(vocab_size, kv_width)
-            for layer in range(config.depth) if has_value_embedding(config, layer)
-        })
+        self.value_embeds = nn.ModuleDict(
+            {
+                str(layer): nn.Embedding(vocab_size, kv_width)
+                for layer in range(config.depth)
+                if has_value_embedding(config, layer)
+            }
+        )
         cos, sin = rope_tables(config.seq_len, config.head_dim, config.rope_base)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -165,13 +176,15 @@ class GPT(nn.Module):
         every block begins as the identity; the head starts near zero, so that the loss begins at ln V."""
         for module in self.modules():
             if isinstance(module, Linear):
-                nn.init.normal_(module.weight, std=module.in_features ** -0.5)
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=1.0)
         for block in self.blocks:
             nn.init.zeros_(block.attention.output.weight)
             nn.init.zeros_(block.mlp.down.weight)
-        nn.init.normal_(self.head.weight, std=self.config.width ** -0.5 if self.config.tied_head else 0.001)
+        nn.init.normal_(
+            self.head.weight, std=self.config.width**-0.5 if self.config.tied_head else 0.001
+        )
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) in float32 for the token after each position."""

@@ -49,7 +49,9 @@ def ready(config: Config) -> None:
     from nightshift.fixed.machine import pick_device
 
     if config.corpus.source == "folder" and not Path(config.corpus.path).exists():
-        raise ConfigError(f"corpus.path ({config.corpus.path}): no such file or folder; give where your texts are")
+        raise ConfigError(
+            f"corpus.path ({config.corpus.path}): no such file or folder; give where your texts are"
+        )
     if config.resume is not None:
         load_clock(folder_of(config.resume))
     if config.budget.replay is not None:
@@ -64,19 +66,27 @@ def job(values: dict[str, Any]) -> int:
 
     hydra = HydraConfig.get()
     folder, is_multirun = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
-    overrides = [o for o in hydra.overrides.task if not o.startswith(("parent_run_id=", "run_name=", "tracking", "runtime"))]
+    overrides = [
+        o
+        for o in hydra.overrides.task
+        if not o.startswith(("parent_run_id=", "run_name=", "tracking", "runtime"))
+    ]
     try:
         tracking = check(values["tracking"], knobs.Tracking)
         if is_multirun and tracking.enabled and not values["parent_run_id"]:
-            raise ConfigError("parent_run_id (null): this multirun has no parent run: the callback of "
-                              "conf/config.yaml (hydra.callbacks.mlflow_parent) failed. Run with tracking=off to do without")
+            raise ConfigError(
+                "parent_run_id (null): this multirun has no parent run: the callback of "
+                "conf/config.yaml (hydra.callbacks.mlflow_parent) failed. Run with tracking=off to do without"
+            )
         return tracked_run(values, tracking, folder, overrides)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
 
 
-def tracked_run(values: dict[str, Any], tracking: knobs.Tracking, folder: Path, overrides: list[str]) -> int:
+def tracked_run(
+    values: dict[str, Any], tracking: knobs.Tracking, folder: Path, overrides: list[str]
+) -> int:
     """Train and evaluate inside one MLflow run, which is closed whatever happens."""
     from nightshift.fixed.tracking import open_store
 
@@ -94,7 +104,7 @@ def tracked_run(values: dict[str, Any], tracking: knobs.Tracking, folder: Path, 
         ended = "FINISHED" if ok else "KILLED" if training.interrupted else "FAILED"
         return 0 if ok else EXIT_INTERRUPTED if training.interrupted else 1
     except ConfigError as error:
-        if not (folder / CURVE_FILE).exists():      # nothing was trained: leave nothing behind
+        if not (folder / CURVE_FILE).exists():  # nothing was trained: leave nothing behind
             shutil.rmtree(folder, ignore_errors=True)
         log.tags({"status": "invalid"})
         log.describe(f"Not run: {error}")
@@ -111,9 +121,14 @@ def continued(config: Config, overrides: list[str]) -> Config:
 
     saved = read_config(folder_of(config.resume) / CONFIG_FILE)
     free = ("budget", "runtime", "tracking", "resume", "run_name", "parent_run_id")
-    groups = {o.split("=", 1)[0].lstrip("+~"): o.split("=", 1)[0].lstrip("+~").split(".")[0] for o in overrides}
+    groups = {
+        o.split("=", 1)[0].lstrip("+~"): o.split("=", 1)[0].lstrip("+~").split(".")[0]
+        for o in overrides
+    }
     if wrong := [key for key, group in groups.items() if group not in free]:
-        raise ConfigError(f"{wrong[0]}: a resumed run keeps the configuration it had; only budget, runtime and tracking may change")
+        raise ConfigError(
+            f"{wrong[0]}: a resumed run keeps the configuration it had; only budget, runtime and tracking may change"
+        )
     fresh = set(free) - (set() if "budget" in groups.values() else {"budget"})
     given = config.model_dump()
     return check(saved.model_dump() | {key: given[key] for key in fresh})
@@ -137,7 +152,9 @@ def train(config: Config, folder: Path, log) -> Training:
     except (torch.OutOfMemoryError, MemoryError) as error:
         training = Training(status="oom", message=out_of_memory(config, error))
     except RuntimeError as error:
-        if "can't allocate memory" not in str(error):   # torch has no class of its own for this on a CPU
+        if "can't allocate memory" not in str(
+            error
+        ):  # torch has no class of its own for this on a CPU
             raise
         training = Training(status="oom", message=out_of_memory(config, error))
     training.seed, training.config_digest = config.seed, knobs.config_digest(config)
@@ -169,15 +186,22 @@ def fit(config: Config, folder: Path, log) -> Training:
     with torch.device(device):
         model = GPT(config.model, tokenizer.vocab_size)
     module = TrainingModule(model, config, dtype, machine.pick_compile(device, config.train))
-    batches = Batches(tokens, "train", config.model.seq_len, config.train.micro_batch_size, config.seed)
+    batches = Batches(
+        tokens, "train", config.model.seq_len, config.train.micro_batch_size, config.seed
+    )
     clock = Clock(config.budget, config.train.batch_tokens)
     recorder = Recorder(module, config, clock, batches, tokens, tokenizer, folder, log)
     recorder.announce(device, dtype)
     trainer = lean_trainer(config, device, recorder)
     with recorder.signals():
         trainer.fit(module, recorder.loader())
-    checkpoint.save(folder / CHECKPOINT_FOLDER, model, config, tokenizer,
-                    *((trainer.optimizers[0], clock.state()) if recorder.interrupted else ()))
+    checkpoint.save(
+        folder / CHECKPOINT_FOLDER,
+        model,
+        config,
+        tokenizer,
+        *((trainer.optimizers[0], clock.state()) if recorder.interrupted else ()),
+    )
     clock.save(folder)
     training = recorder.training(device, dtype, read_manifest(tokens)["digest"])
     if not recorder.interrupted:
@@ -190,10 +214,18 @@ def lean_trainer(config: Config, device, recorder):
     import lightning as L
 
     return L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu", devices=1, callbacks=[recorder],
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        callbacks=[recorder],
         accumulate_grad_batches=config.train.batch_tokens // config.tokens_per_micro_batch,
-        max_epochs=-1, max_steps=-1, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
+        max_epochs=-1,
+        max_steps=-1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
         inference_mode=False,
     )
 
@@ -209,8 +241,19 @@ def samples(model, tokenizer, config: Config) -> list[dict[str, str]]:
     from nightshift.generate import complete
 
     e = config.evaluate
-    return [{"prompt": prompt, "completion": complete(model, tokenizer, prompt, e.sample_tokens, e.temperature, seed)}
-            for seed, prompt in enumerate(e.sample_prompts)] if e.sample_tokens else []
+    return (
+        [
+            {
+                "prompt": prompt,
+                "completion": complete(
+                    model, tokenizer, prompt, e.sample_tokens, e.temperature, seed
+                ),
+            }
+            for seed, prompt in enumerate(e.sample_prompts)
+        ]
+        if e.sample_tokens
+        else []
+    )
 
 
 def commit_of(root: Path) -> str | None:
@@ -219,14 +262,18 @@ def commit_of(root: Path) -> str | None:
     head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
     if head.returncode != 0:
         return None
-    changed = subprocess.run([*git, "status", "--porcelain", "--", "src", "conf"], capture_output=True, text=True)
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", "src", "conf"], capture_output=True, text=True
+    )
     return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def out_of_memory(config: Config, error: BaseException) -> str:
     what = (str(error).splitlines() or ["no memory left"])[0][:120]
-    return (f"out of memory ({what}). Lower train.micro_batch_size ({config.train.micro_batch_size}), "
-            f"then model.seq_len ({config.model.seq_len}) or model.depth ({config.model.depth})")
+    return (
+        f"out of memory ({what}). Lower train.micro_batch_size ({config.train.micro_batch_size}), "
+        f"then model.seq_len ({config.model.seq_len}) or model.depth ({config.model.depth})"
+    )
 
 
 def scored(folder: Path, training: Training) -> Result:
@@ -239,7 +286,9 @@ def scored(folder: Path, training: Training) -> Result:
     command = [sys.executable, "-m", "nightshift.fixed.evaluate", f"run={folder}"]
     subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
     if not (folder / RESULT_FILE).is_file():
-        return Result(status="crash", message="the evaluation ended without a result", training=training)
+        return Result(
+            status="crash", message="the evaluation ended without a result", training=training
+        )
     return read_result(folder / RESULT_FILE)
 
 
@@ -247,32 +296,46 @@ def record(log, folder: Path, training: Training, result: Result | None) -> None
     """Everything about the run that MLflow shows."""
     import json
 
-    numbers = {k: v for k, v in vars(training).items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+    numbers = {
+        k: v
+        for k, v in vars(training).items()
+        if isinstance(v, (int, float)) and not isinstance(v, bool)
+    }
     if result is not None:
         numbers |= {"val_bpb": result.val_bpb, "eval_s": result.eval_s}
     log.metrics({k: v for k, v in numbers.items() if v is not None and k != "seed"})
     status = result.status if result else training.status
-    log.tags({"status": status, "commit": training.commit or "", "data": training.data_digest or ""}
-             | {f"machine.{k}": v for k, v in training.machine.items()})
+    log.tags(
+        {"status": status, "commit": training.commit or "", "data": training.data_digest or ""}
+        | {f"machine.{k}": v for k, v in training.machine.items()}
+    )
     if training.data_digest:
         log.dataset("tokens", training.data_digest)
     for name in (CONFIG_FILE, CURVE_FILE, TRAINING_FILE, RESULT_FILE, SAMPLES_FILE):
         if (folder / name).is_file():
             log.artifact(folder / name)
     if (folder / SAMPLES_FILE).is_file():
-        log.table(json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8")), "completions.json")
+        log.table(
+            json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8")), "completions.json"
+        )
     log.describe(summary(folder, training, result).replace("\n", "  \n"))
 
 
 def summary(folder: Path, training: Training, result: Result | None) -> str:
-    status, message = (result.status, result.message) if result else (training.status, training.message)
+    status, message = (
+        (result.status, result.message) if result else (training.status, training.message)
+    )
     lines = [f"status:          {status}" + (f"  {message}" if message else "")]
     if result is not None and result.val_bpb is not None:
         lines.insert(0, f"val_bpb:         {result.val_bpb:.6f}")
     if training.steps is not None:
-        lines += [f"training_s:      {training.train_s:.1f}", f"steps:           {training.steps}",
-                  f"tokens_M:        {training.tokens / 1e6:.3f}", f"tokens_per_s:    {training.tokens_per_s:.0f}",
-                  f"peak_memory_gb:  {training.peak_memory_gb:.2f}"]
+        lines += [
+            f"training_s:      {training.train_s:.1f}",
+            f"steps:           {training.steps}",
+            f"tokens_M:        {training.tokens / 1e6:.3f}",
+            f"tokens_per_s:    {training.tokens_per_s:.0f}",
+            f"peak_memory_gb:  {training.peak_memory_gb:.2f}",
+        ]
     return "\n".join([*lines, f"folder:          {os.path.relpath(folder)}"])
 
 

@@ -17,7 +17,13 @@ from nightshift.fixed.batches import ensure_tokens
 from nightshift.fixed.checkpoint import read_config
 from nightshift.fixed.config import ROOT, Config, ConfigError
 from nightshift.fixed.corpus import ensure_corpus
-from nightshift.fixed.result import CHECKPOINT_FOLDER, CONFIG_FILE, CURVE_FILE, RESULT_FILE, TRAINING_FILE
+from nightshift.fixed.result import (
+    CHECKPOINT_FOLDER,
+    CONFIG_FILE,
+    CURVE_FILE,
+    RESULT_FILE,
+    TRAINING_FILE,
+)
 from nightshift.fixed.tokenizer import ensure_tokenizer
 from nightshift.stage import CHAMPION, publish
 
@@ -26,16 +32,23 @@ def promote(run: Path) -> None:
     share_cache()
     place_data(read_config(run / CONFIG_FILE))
     publish(run, CHAMPION, CHECKPOINT_FOLDER, TRAINING_FILE, RESULT_FILE, CURVE_FILE)
-    done = subprocess.run([sys.executable, "-m", "dvc", "commit", "--force", "--quiet"], cwd=ROOT,
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "dvc", "commit", "--force", "--quiet"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise ConfigError(f"dvc commit failed in {ROOT}: {last}")
 
 
 def place_data(config: Config) -> None:
-    for name, folder in (("corpus", ensure_corpus(config)), ("tokenizer", ensure_tokenizer(config)),
-                         ("tokens", ensure_tokens(config))):
+    for name, folder in (
+        ("corpus", ensure_corpus(config)),
+        ("tokenizer", ensure_tokenizer(config)),
+        ("tokens", ensure_tokens(config)),
+    ):
         place = ROOT / "data" / name
         if folder.resolve() != place.resolve():
             shutil.rmtree(place, ignore_errors=True)
@@ -53,7 +66,9 @@ def link_or_copy(source: str, target: str) -> None:
 def share_cache() -> None:
     """In a git worktree: the DVC cache of the main checkout. Written to .dvc/config.local, which git ignores."""
     git = ["git", "-C", str(ROOT), "rev-parse", "--path-format=absolute", "--git-common-dir"]
-    main = Path(subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()).parent
+    main = Path(
+        subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    ).parent
     local = ROOT / ".dvc" / "config.local"
     if main.resolve() == ROOT.resolve() or local.exists():
         return

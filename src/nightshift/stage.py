@@ -1,6 +1,6 @@
 """A stage of dvc.yaml: params.yaml -> data/ or champion/.
 
-    PYTHONPATH=src python -m nightshift.stage corpus
+PYTHONPATH=src python -m nightshift.stage corpus
 """
 
 import csv
@@ -12,7 +12,15 @@ from pathlib import Path
 import yaml
 
 from nightshift.fixed.config import ROOT, Config, ConfigError, check
-from nightshift.fixed.result import CURVE_FILE, RESULT_FILE, TRAINING_FILE, Result, read_curve, read_result, write_json
+from nightshift.fixed.result import (
+    CURVE_FILE,
+    RESULT_FILE,
+    TRAINING_FILE,
+    Result,
+    read_curve,
+    read_result,
+    write_json,
+)
 
 CHAMPION = ROOT / "champion"
 METRICS_FILE = "metrics.json"
@@ -68,15 +76,25 @@ def evaluate(config: Config) -> int:
     result: Result = evaluate.evaluate(CHAMPION, config)
     write_json(CHAMPION / RESULT_FILE, result)
     write_json(CHAMPION / METRICS_FILE, metrics(result))
-    print(f"val_bpb {result.val_bpb}" if result.status == "ok" else f"{result.status}: {result.message}")
+    print(
+        f"val_bpb {result.val_bpb}"
+        if result.status == "ok"
+        else f"{result.status}: {result.message}"
+    )
     return 0 if result.status == "ok" else 1
 
 
 def metrics(result: Result) -> dict:
     """The few numbers that `dvc metrics` compares."""
     t = result.training
-    return {"val_bpb": result.val_bpb, "steps": t.steps, "tokens": t.tokens, "train_s": t.train_s,
-            "tokens_per_s": t.tokens_per_s, "peak_memory_gb": t.peak_memory_gb}
+    return {
+        "val_bpb": result.val_bpb,
+        "steps": t.steps,
+        "tokens": t.tokens,
+        "train_s": t.train_s,
+        "tokens_per_s": t.tokens_per_s,
+        "peak_memory_gb": t.peak_memory_gb,
+    }
 
 
 def work_folder() -> Path:
@@ -91,7 +109,9 @@ def publish(run: Path, champion: Path, *names: str) -> None:
         if name == CURVE_FILE:
             write_curve_csv(read_curve(run / name), champion / "curve.csv")
         elif name in (TRAINING_FILE, RESULT_FILE):
-            write_json(champion / name, without_place(json.loads((run / name).read_text(encoding="utf-8"))))
+            write_json(
+                champion / name, without_place(json.loads((run / name).read_text(encoding="utf-8")))
+            )
             if name == RESULT_FILE:
                 write_json(champion / METRICS_FILE, metrics(read_result(run / name)))
         elif (run / name).is_dir():

@@ -22,11 +22,15 @@ class TrainingModule(L.LightningModule):
         self.model, self.config, self.dtype_of_matmuls = model, config, dtype
         model.dtype = dtype
         self.forward_model = torch.compile(model) if compile else model
-        self.progress = 0.0                # share of the budget spent; set before every step
-        self.losses: list[Tensor] = []     # of the micro batches since they were last read
+        self.progress = 0.0  # share of the budget spent; set before every step
+        self.losses: list[Tensor] = []  # of the micro batches since they were last read
 
     def configure_optimizers(self) -> MuonAdamW:
-        return MuonAdamW(parameter_groups(self.model, self.config.optim), self.config.optim, self.dtype_of_matmuls)
+        return MuonAdamW(
+            parameter_groups(self.model, self.config.optim),
+            self.config.optim,
+            self.dtype_of_matmuls,
+        )
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         inputs_BT, targets_BT = batch

@@ -14,7 +14,7 @@ import numpy as np
 
 from nightshift.fixed.config import Budget, ConfigError
 
-PROGRESS_FILE = "progress.f32"   # float32 per step, little endian
+PROGRESS_FILE = "progress.f32"  # float32 per step, little endian
 
 
 class Clock:
@@ -52,7 +52,9 @@ class Clock:
     def progress(self) -> float:
         if self.replay is not None:
             return float(self.replay[self.steps]) if self.steps < len(self.replay) else 1.0
-        spent = {"seconds": self.elapsed_s, "tokens": self.tokens, "steps": self.steps}[self.budget.kind]
+        spent = {"seconds": self.elapsed_s, "tokens": self.tokens, "steps": self.steps}[
+            self.budget.kind
+        ]
         return min(1.0, spent / self.budget.amount)
 
     @property
@@ -61,7 +63,7 @@ class Clock:
 
     def begin_step(self) -> float:
         """The progress that this step's schedules see; recorded."""
-        self.recorded.append(float(np.float32(self.progress)))   # what a replay will read
+        self.recorded.append(float(np.float32(self.progress)))  # what a replay will read
         return self.recorded[-1]
 
     def end_step(self) -> None:
@@ -86,5 +88,7 @@ class Clock:
 def read_progress(path: Path) -> np.ndarray:
     path = path / PROGRESS_FILE if path.is_dir() else path
     if not path.is_file():
-        raise ConfigError(f"budget.replay ({path}): no recorded run there; give a run's folder or its {PROGRESS_FILE}")
+        raise ConfigError(
+            f"budget.replay ({path}): no recorded run there; give a run's folder or its {PROGRESS_FILE}"
+        )
     return np.fromfile(path, dtype="<f4")

@@ -1,9 +1,9 @@
 """A checkpoint is a folder: weights, resolved config, tokenizer. Never a pickle: loading cannot execute.
 
-    model.safetensors   float32 weights
-    config.yaml         the resolved configuration of the run
-    tokenizer/          ranks and JSON (fixed/tokenizer.py)
-    state.safetensors   only in an unfinished run: what `resume` needs, with state.json
+model.safetensors   float32 weights
+config.yaml         the resolved configuration of the run
+tokenizer/          ranks and JSON (fixed/tokenizer.py)
+state.safetensors   only in an unfinished run: what `resume` needs, with state.json
 """
 
 import hashlib
@@ -26,17 +26,27 @@ STATE_FILES = ("state.safetensors", "state.json")
 
 def write_config(config: Config, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(
+        yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
 
 
 def read_config(path: Path) -> Config:
     if not path.is_file():
-        raise ConfigError(f"{path}: there is no such file; give the folder of a run or of a checkpoint")
+        raise ConfigError(
+            f"{path}: there is no such file; give the folder of a run or of a checkpoint"
+        )
     return check(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
-def save(folder: Path, model: torch.nn.Module, config: Config, tokenizer: Tokenizer,
-         optimizer: torch.optim.Optimizer | None = None, clock_state: dict | None = None) -> None:
+def save(
+    folder: Path,
+    model: torch.nn.Module,
+    config: Config,
+    tokenizer: Tokenizer,
+    optimizer: torch.optim.Optimizer | None = None,
+    clock_state: dict | None = None,
+) -> None:
     """Whole or not at all. With an optimizer the run can be resumed."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -71,8 +81,12 @@ def _weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return weights
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> tuple[torch.nn.Module, Tokenizer, Config]:
-    from nightshift.model import GPT   # the one arrow that points up: a checkpoint rebuilds the candidate's model
+def load(
+    folder: Path, device: torch.device | str = "cpu"
+) -> tuple[torch.nn.Module, Tokenizer, Config]:
+    from nightshift.model import (
+        GPT,
+    )  # the one arrow that points up: a checkpoint rebuilds the candidate's model
 
     config = read_config(folder / "config.yaml")
     tokenizer = Tokenizer.load(folder / "tokenizer")
@@ -84,10 +98,14 @@ def load(folder: Path, device: torch.device | str = "cpu") -> tuple[torch.nn.Mod
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     weights = load_file(folder / WEIGHTS_FILE)
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {n for n, _ in model.named_parameters()}
+    tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - {
+        n for n, _ in model.named_parameters()
+    }
     if unexpected or set(missing) - tied:
         wrong = (unexpected or sorted(set(missing) - tied))[0]
-        raise ConfigError(f"{folder / WEIGHTS_FILE}: the weights do not fit the model ({wrong}); they were saved by other code")
+        raise ConfigError(
+            f"{folder / WEIGHTS_FILE}: the weights do not fit the model ({wrong}); they were saved by other code"
+        )
 
 
 def weights_sha256(folder: Path) -> str:
@@ -116,7 +134,9 @@ def _save_state(folder: Path, model, optimizer, clock_state: dict) -> None:
 def load_clock(folder: Path) -> dict:
     """The clock's state in a checkpoint that can be resumed."""
     if not (folder / STATE_FILES[1]).is_file():
-        raise ConfigError(f"resume ({folder}): this run is finished or never saved its state; only an interrupted run resumes")
+        raise ConfigError(
+            f"resume ({folder}): this run is finished or never saved its state; only an interrupted run resumes"
+        )
     return json.loads((folder / STATE_FILES[1]).read_text())["clock"]
 
 
@@ -130,7 +150,9 @@ def load_state(folder: Path, model, optimizer) -> None:
     for where, value in (tensors | numbers).items():
         name, key = where.rsplit("|", 1)
         parameter = parameters[name]
-        optimizer.state[parameter][key] = value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+        optimizer.state[parameter][key] = (
+            value.to(parameter.device) if isinstance(value, torch.Tensor) else value
+        )
 
 
 def folder_of(place: str) -> Path:

@@ -16,9 +16,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-ROOT = Path(__file__).resolve().parents[3]   # the checkout that this code belongs to
+ROOT = Path(__file__).resolve().parents[3]  # the checkout that this code belongs to
 CONF = ROOT / "conf"
-NUM_SPECIAL_TOKENS = 9                       # fixed/tokenizer.py asserts that it agrees
+NUM_SPECIAL_TOKENS = 9  # fixed/tokenizer.py asserts that it agrees
 
 
 class ConfigError(ValueError):
@@ -56,18 +56,24 @@ class Corpus(Group):
     @model_validator(mode="after")
     def _source_is_complete(self):
         if self.source == "folder" and not self.path:
-            raise ValueError("corpus.path (null): corpus=folder needs the folder: corpus.path=/my/texts")
+            raise ValueError(
+                "corpus.path (null): corpus=folder needs the folder: corpus.path=/my/texts"
+            )
         if self.source == "hub" and not self.repo:
-            raise ValueError("corpus.repo (null): a hub corpus needs a dataset name: corpus.repo=owner/name")
+            raise ValueError(
+                "corpus.repo (null): a hub corpus needs a dataset name: corpus.repo=owner/name"
+            )
         held_out = self.dev_frac + self.val_frac + self.test_frac
         if held_out > 0.8:
-            raise ValueError(f"corpus.dev_frac + val_frac + test_frac ({held_out:g}) must leave "
-                             "at least 0.2 of the documents for training")
+            raise ValueError(
+                f"corpus.dev_frac + val_frac + test_frac ({held_out:g}) must leave "
+                "at least 0.2 of the documents for training"
+            )
         return self
 
 
 class MixtureRule(Group):
-    match: str                          # glob on the document's name
+    match: str  # glob on the document's name
     weight: float = Field(ge=0, le=16)  # copies per epoch; a fraction keeps that share of documents
 
 
@@ -82,7 +88,7 @@ class Filter(Group):
 
 
 class Tokenizer(Group):
-    vocab_size: int = Field(ge=256 + NUM_SPECIAL_TOKENS, le=65535)   # ids are stored as uint16
+    vocab_size: int = Field(ge=256 + NUM_SPECIAL_TOKENS, le=65535)  # ids are stored as uint16
     train_bytes: int = Field(ge=1000)
     split_pattern: str
 
@@ -91,18 +97,18 @@ class Model(Group):
     """The transformer (conf/model, model.py). Width and heads follow from `depth`."""
 
     depth: int = Field(ge=1, le=128)
-    aspect_ratio: int = Field(ge=8, le=512)   # width = depth * aspect_ratio, rounded up to heads
+    aspect_ratio: int = Field(ge=8, le=512)  # width = depth * aspect_ratio, rounded up to heads
     head_dim: int = Field(ge=8, le=256)
-    kv_group: int = Field(ge=1)               # query heads that share one key/value head
+    kv_group: int = Field(ge=1)  # query heads that share one key/value head
     seq_len: int = Field(ge=8, le=65536)
     mlp: Literal["relu2", "swiglu"]
-    mlp_ratio: float = Field(gt=0, le=16)     # hidden width over width
+    mlp_ratio: float = Field(gt=0, le=16)  # hidden width over width
     rope_base: float = Field(gt=1)
-    softcap: float | None = Field(gt=0)       # logits = softcap * tanh(logits / softcap)
+    softcap: float | None = Field(gt=0)  # logits = softcap * tanh(logits / softcap)
     tied_head: bool
-    value_embeds: bool                        # a token embedding added to the values of every other layer
-    window_pattern: str                       # one letter a layer, repeated: L whole context, S short
-    short_window_frac: float = Field(gt=0, le=1)   # the short window over seq_len
+    value_embeds: bool  # a token embedding added to the values of every other layer
+    window_pattern: str  # one letter a layer, repeated: L whole context, S short
+    short_window_frac: float = Field(gt=0, le=1)  # the short window over seq_len
     attention: Literal["auto", "sdpa", "flex"]
 
     @property
@@ -116,15 +122,21 @@ class Model(Group):
     @model_validator(mode="after")
     def _heads_fit(self):
         if self.head_dim % 2:
-            raise ValueError(f"model.head_dim ({self.head_dim}) must be even: rotary embedding turns "
-                             f"channel pairs. Nearest: {self.head_dim + 1}")
+            raise ValueError(
+                f"model.head_dim ({self.head_dim}) must be even: rotary embedding turns "
+                f"channel pairs. Nearest: {self.head_dim + 1}"
+            )
         if self.n_head % self.kv_group:
             divisors = [g for g in range(1, self.n_head + 1) if self.n_head % g == 0]
-            raise ValueError(f"model.kv_group ({self.kv_group}) must divide the number of heads "
-                             f"({self.n_head}, from depth {self.depth}). Possible: {divisors}")
+            raise ValueError(
+                f"model.kv_group ({self.kv_group}) must divide the number of heads "
+                f"({self.n_head}, from depth {self.depth}). Possible: {divisors}"
+            )
         if not self.window_pattern or set(self.window_pattern) - set("SL"):
-            raise ValueError(f"model.window_pattern ('{self.window_pattern}') must be letters S (short) "
-                             "and L (long), e.g. L or SSSL")
+            raise ValueError(
+                f"model.window_pattern ('{self.window_pattern}') must be letters S (short) "
+                "and L (long), e.g. L or SSSL"
+            )
         return self
 
 
@@ -135,12 +147,12 @@ class Optim(Group):
     embedding_lr: float = Field(gt=0, le=10)
     head_lr: float = Field(gt=0, le=10)
     scalar_lr: float = Field(gt=0, le=10)
-    momentum: float = Field(ge=0, lt=1)       # Muon
-    num_polar_steps: int = Field(ge=1, le=12) # Newton-Schulz iterations
-    beta1: float = Field(ge=0, lt=1)          # AdamW
+    momentum: float = Field(ge=0, lt=1)  # Muon
+    num_polar_steps: int = Field(ge=1, le=12)  # Newton-Schulz iterations
+    beta1: float = Field(ge=0, lt=1)  # AdamW
     beta2: float = Field(ge=0, lt=1)
     eps: float = Field(gt=0)
-    weight_decay: float = Field(ge=0, le=1)   # on matrices, times the learning rate
+    weight_decay: float = Field(ge=0, le=1)  # on matrices, times the learning rate
 
 
 class Schedule(Group):
@@ -154,17 +166,19 @@ class Schedule(Group):
     def _fits_in_the_budget(self):
         total = self.warmup_frac + self.warmdown_frac
         if total > 1:
-            raise ValueError(f"schedule.warmup_frac + warmdown_frac ({total:g}) must be at most 1: "
-                             "both are shares of one budget")
+            raise ValueError(
+                f"schedule.warmup_frac + warmdown_frac ({total:g}) must be at most 1: "
+                "both are shares of one budget"
+            )
         return self
 
 
 class Train(Group):
-    batch_tokens: int = Field(ge=1)           # tokens per optimizer step
-    micro_batch_size: int = Field(ge=1)       # sequences per forward pass
+    batch_tokens: int = Field(ge=1)  # tokens per optimizer step
+    micro_batch_size: int = Field(ge=1)  # sequences per forward pass
     precision: Literal["auto", "bf16", "fp32"]
     compile: Literal["auto", "on", "off"]
-    grad_clip: float | None = Field(gt=0)     # limit of the global gradient norm
+    grad_clip: float | None = Field(gt=0)  # limit of the global gradient norm
 
 
 class Budget(Group):
@@ -172,21 +186,23 @@ class Budget(Group):
 
     kind: Literal["seconds", "tokens", "steps"]
     amount: float = Field(gt=0)
-    wall_limit_s: float = Field(gt=0)         # hard kill of the process tree, evaluation not included
-    replay: str | None                        # a run's folder: take its steps and schedule, not the clock
+    wall_limit_s: float = Field(gt=0)  # hard kill of the process tree, evaluation not included
+    replay: str | None  # a run's folder: take its steps and schedule, not the clock
 
     @model_validator(mode="after")
     def _wall_limit_leaves_room(self):
         if self.kind == "seconds" and self.wall_limit_s < self.amount + 10:
-            raise ValueError(f"budget.wall_limit_s ({self.wall_limit_s:g}) must be at least "
-                             f"budget.amount + 10 s = {self.amount + 10:g}: starting and saving take time")
+            raise ValueError(
+                f"budget.wall_limit_s ({self.wall_limit_s:g}) must be at least "
+                f"budget.amount + 10 s = {self.amount + 10:g}: starting and saving take time"
+            )
         return self
 
 
 class Evaluate(Group):
-    max_bytes: int | None = Field(ge=1000)    # of val text; null scores all of it
-    batch_size: int = Field(ge=1)             # windows per forward pass
-    causality_windows: int = Field(ge=1)      # windows whose future is altered to look for leaks
+    max_bytes: int | None = Field(ge=1000)  # of val text; null scores all of it
+    batch_size: int = Field(ge=1)  # windows per forward pass
+    causality_windows: int = Field(ge=1)  # windows whose future is altered to look for leaks
     sample_prompts: list[str]
     sample_tokens: int = Field(ge=0, le=4096)
     temperature: float = Field(gt=0, le=5)
@@ -198,18 +214,18 @@ class Runtime(Group):
     device: Literal["auto", "cpu", "cuda"]
     num_threads: int | None = Field(ge=1)
     log_every_steps: int = Field(ge=1)
-    num_dev_points: int = Field(ge=0)         # dev_bpb measurements along the curve
-    dev_bytes: int = Field(ge=1000)           # of dev text for each of them
+    num_dev_points: int = Field(ge=0)  # dev_bpb measurements along the curve
+    dev_bytes: int = Field(ge=1000)  # of dev text for each of them
     save_every_s: float = Field(gt=0)
     progress_bar: bool
-    evaluate: bool                            # score the checkpoint at the end, in a process of its own
-    cache_dir: str                            # corpora, tokenizers and tokens, by content key
-    shared_cache_dir: str | None              # read-only second place to look (a trial reads the study's)
+    evaluate: bool  # score the checkpoint at the end, in a process of its own
+    cache_dir: str  # corpora, tokenizers and tokens, by content key
+    shared_cache_dir: str | None  # read-only second place to look (a trial reads the study's)
 
 
 class Tracking(Group):
     enabled: bool
-    uri: str | None                           # null: outputs/mlflow/mlflow.db of this checkout
+    uri: str | None  # null: outputs/mlflow/mlflow.db of this checkout
     experiment: str
 
 
@@ -241,9 +257,11 @@ class Config(Group):
         micro, total = self.tokens_per_micro_batch, self.train.batch_tokens
         if total % micro:
             below = max(micro, total // micro * micro)
-            raise ValueError(f"train.batch_tokens ({total}) must be a multiple of micro_batch_size x seq_len = "
-                             f"{self.train.micro_batch_size} x {self.model.seq_len} = {micro}. "
-                             f"Nearest: {below} or {below + micro}")
+            raise ValueError(
+                f"train.batch_tokens ({total}) must be a multiple of micro_batch_size x seq_len = "
+                f"{self.train.micro_batch_size} x {self.model.seq_len} = {micro}. "
+                f"Nearest: {below} or {below + micro}"
+            )
         return self
 
 
@@ -287,7 +305,9 @@ def digest(value: Any) -> str:
 
 def config_digest(config: Config) -> str:
     """Names what a run computes: where it runs and how it is tracked does not count."""
-    return digest(config.model_dump(exclude={"runtime", "tracking", "parent_run_id", "run_name", "resume"}))
+    return digest(
+        config.model_dump(exclude={"runtime", "tracking", "parent_run_id", "run_name", "resume"})
+    )
 
 
 def nearest(word: str, choices) -> str:
@@ -295,13 +315,15 @@ def nearest(word: str, choices) -> str:
     choices = [str(c) for c in choices]
     leaf = {c.rsplit(".", 1)[-1]: c for c in choices}
     close = difflib.get_close_matches(word, choices, 1, 0.75)
-    close = close or [leaf[k] for k in difflib.get_close_matches(word.rsplit(".", 1)[-1], leaf, 1, 0.6)]
+    close = close or [
+        leaf[k] for k in difflib.get_close_matches(word.rsplit(".", 1)[-1], leaf, 1, 0.6)
+    ]
     return f" Nearest: {close[0]}." if close else ""
 
 
 def _line(error: dict[str, Any], values: dict[str, Any], schema: type[Group]) -> str:
     key, kind, got = ".".join(map(str, error["loc"])), error["type"], error.get("input")
-    if kind == "value_error":                      # our own sentence, already whole
+    if kind == "value_error":  # our own sentence, already whole
         return str(error["ctx"]["error"])
     if kind == "extra_forbidden":
         return f"{key} ({got!r}): there is no such key.{nearest(key, schema_keys(schema))}"
@@ -309,7 +331,9 @@ def _line(error: dict[str, Any], values: dict[str, Any], schema: type[Group]) ->
         return f"{key}: missing; every key must be set in conf/."
     hint = ""
     if kind == "literal_error" and isinstance(got, str):
-        hint = nearest(got, error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+        hint = nearest(
+            got, error["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        )
     message = error["msg"].replace("Input should be", "must be").rstrip(".")
     return f"{key} ({got!r}): {message}.{hint}"
 

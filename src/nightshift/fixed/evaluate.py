@@ -37,7 +37,7 @@ from nightshift.fixed.result import (
 )
 from nightshift.fixed.tokenizer import Tokenizer
 
-Logits = Callable[[Tensor], Tensor]   # tokens (B, T) -> logits (B, T, V), in any float dtype
+Logits = Callable[[Tensor], Tensor]  # tokens (B, T) -> logits (B, T, V), in any float dtype
 
 # bf16 sums may be ordered otherwise for another batch; a leak moves logits by whole units.
 CAUSALITY_TOLERANCE = 0.02
@@ -79,7 +79,10 @@ def windows(stream: np.ndarray, seq_len: int, batch_size: int) -> Iterator[tuple
     inputs[:num_targets], targets[:num_targets] = stream[:-1], stream[1:]
     for first in range(0, count, batch_size):
         rows = slice(first * seq_len, (first + batch_size) * seq_len)
-        yield (torch.from_numpy(inputs[rows]).view(-1, seq_len), torch.from_numpy(targets[rows]).view(-1, seq_len))
+        yield (
+            torch.from_numpy(inputs[rows]).view(-1, seq_len),
+            torch.from_numpy(targets[rows]).view(-1, seq_len),
+        )
 
 
 def nats_of_targets(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
@@ -92,8 +95,14 @@ def nats_of_targets(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def score(logits_of: Logits, texts: list[str], tokenizer: Tokenizer, seq_len: int, batch_size: int,
-          device: torch.device) -> tuple[float, int, int]:
+def score(
+    logits_of: Logits,
+    texts: list[str],
+    tokenizer: Tokenizer,
+    seq_len: int,
+    batch_size: int,
+    device: torch.device,
+) -> tuple[float, int, int]:
     """(bits per byte, bytes, tokens scored). Out of memory: the batch is halved, the result the same."""
     stream = token_stream(texts, tokenizer)
     bytes_of_token = torch.from_numpy(tokenizer.token_bytes().astype(np.int64)).to(device)
@@ -102,7 +111,9 @@ def score(logits_of: Logits, texts: list[str], tokenizer: Tokenizer, seq_len: in
         for inputs, targets in windows(stream, seq_len, batch_size):
             inputs, targets = inputs.to(device), targets.to(device)
             sizes = bytes_of_token[targets.clamp(min=0)] * (targets >= 0)
-            loss = nats_of_targets(logits_of(inputs), targets) * (sizes > 0)   # special tokens have no bytes
+            loss = nats_of_targets(logits_of(inputs), targets) * (
+                sizes > 0
+            )  # special tokens have no bytes
             nats += float(loss.double().sum())
             num_bytes += int(sizes.sum())
             num_tokens += int((sizes > 0).sum())
@@ -118,8 +129,15 @@ def score(logits_of: Logits, texts: list[str], tokenizer: Tokenizer, seq_len: in
 
 
 @torch.inference_mode()
-def check_causality(logits_of: Logits, stream: np.ndarray, seq_len: int, vocab_size: int, num_windows: int,
-                    seed: int, device: torch.device) -> None:
+def check_causality(
+    logits_of: Logits,
+    stream: np.ndarray,
+    seq_len: int,
+    vocab_size: int,
+    num_windows: int,
+    seed: int,
+    device: torch.device,
+) -> None:
     """Replaces what follows a random cut; logits up to the cut must not move."""
     random = np.random.default_rng(seed)
     length = min(seq_len, len(stream) - 1)
@@ -132,8 +150,10 @@ def check_causality(logits_of: Logits, stream: np.ndarray, seq_len: int, vocab_s
         before, after = (logits_of(t.to(device))[0, :cut].float() for t in (whole, altered))
         moved = float((before - after).abs().max())
         if not moved <= CAUSALITY_TOLERANCE:
-            raise Invalid(f"logits before position {cut} moved by {moved:.3g} when later tokens were changed: "
-                          "the model sees the future")
+            raise Invalid(
+                f"logits before position {cut} moved by {moved:.3g} when later tokens were changed: "
+                "the model sees the future"
+            )
 
 
 def evaluate(run: Path, config: Config) -> Result:
@@ -153,33 +173,57 @@ def evaluate(run: Path, config: Config) -> Result:
     seq_len = trained_with.model.seq_len
     try:
         stream = token_stream(texts, tokenizer)
-        check_causality(model, stream, seq_len, tokenizer.vocab_size, config.evaluate.causality_windows,
-                        config.seed, device)
-        val_bpb, num_bytes, num_tokens = score(model, texts, tokenizer, seq_len, config.evaluate.batch_size, device)
+        check_causality(
+            model,
+            stream,
+            seq_len,
+            tokenizer.vocab_size,
+            config.evaluate.causality_windows,
+            config.seed,
+            device,
+        )
+        val_bpb, num_bytes, num_tokens = score(
+            model, texts, tokenizer, seq_len, config.evaluate.batch_size, device
+        )
         if checkpoint.weights_sha256(folder) != weights_before:
             raise Invalid("the weights on disk changed while they were evaluated")
     except Invalid as error:
         return Result(status="invalid", message=str(error), training=training)
-    return Result(status="ok", val_bpb=round(val_bpb, 6), num_bytes=num_bytes, num_tokens=num_tokens,
-                  eval_s=round(time.monotonic() - started_at, 3), weights_sha256=weights_before, training=training)
+    return Result(
+        status="ok",
+        val_bpb=round(val_bpb, 6),
+        num_bytes=num_bytes,
+        num_tokens=num_tokens,
+        eval_s=round(time.monotonic() - started_at, 3),
+        weights_sha256=weights_before,
+        training=training,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if len(arguments) != 1 or not arguments[0].startswith("run="):
-        print("usage: nightshift evaluate run=<folder of a run>, e.g. run=outputs/pretrain/latest", file=sys.stderr)
+        print(
+            "usage: nightshift evaluate run=<folder of a run>, e.g. run=outputs/pretrain/latest",
+            file=sys.stderr,
+        )
         return 2
     run = Path(arguments[0].removeprefix("run="))
     try:
         settings = run / CONFIG_FILE
-        config = checkpoint.read_config(settings if settings.is_file() else run / CHECKPOINT_FOLDER / CONFIG_FILE)
+        config = checkpoint.read_config(
+            settings if settings.is_file() else run / CHECKPOINT_FOLDER / CONFIG_FILE
+        )
         result = evaluate(run, config)
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     write_json(run / RESULT_FILE, result)
-    print(f"val_bpb {result.val_bpb:.6f} over {result.num_bytes:,} bytes in {result.eval_s:.1f} s"
-          if result.status == "ok" else f"{result.status}: {result.message}")
+    print(
+        f"val_bpb {result.val_bpb:.6f} over {result.num_bytes:,} bytes in {result.eval_s:.1f} s"
+        if result.status == "ok"
+        else f"{result.status}: {result.message}"
+    )
     return 0 if result.status == "ok" else 1
 
 

@@ -15,8 +15,10 @@ from nightshift.fixed.config import ConfigError, Runtime, Train
 
 def pick_device(runtime: Runtime) -> torch.device:
     if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("runtime.device (cuda): this machine or this build of torch has no CUDA device. "
-                          "Use runtime.device=cpu, or install a CUDA build of torch")
+        raise ConfigError(
+            "runtime.device (cuda): this machine or this build of torch has no CUDA device. "
+            "Use runtime.device=cpu, or install a CUDA build of torch"
+        )
     if runtime.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(runtime.device)
@@ -67,7 +69,7 @@ def keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-    except (OSError, AttributeError):   # another libc: only slower
+    except (OSError, AttributeError):  # another libc: only slower
         pass
 
 
@@ -129,4 +131,10 @@ def _gpu_clocks() -> dict:
     if answer.returncode != 0:
         return {}
     values = answer.stdout.splitlines()[0].split(", ")
-    return dict(zip(("driver", "sm_clock_mhz", "max_sm_clock_mhz", "power_limit_w", "gpu_celsius"), values, strict=False))
+    return dict(
+        zip(
+            ("driver", "sm_clock_mhz", "max_sm_clock_mhz", "power_limit_w", "gpu_celsius"),
+            values,
+            strict=False,
+        )
+    )

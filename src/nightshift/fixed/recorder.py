@@ -27,8 +27,8 @@ from nightshift.fixed.result import CHECKPOINT_FOLDER, CURVE_FILE, Training, rea
 from nightshift.fixed.tokenizer import Tokenizer
 
 NUM_WARM_UP_STEPS = 2
-TRACK_EVERY_S = 5.0           # curve points reach MLflow in batches
-EXPLODED = 1.5                # times ln V, the loss of a uniform guess
+TRACK_EVERY_S = 5.0  # curve points reach MLflow in batches
+EXPLODED = 1.5  # times ln V, the loss of a uniform guess
 
 
 class Diverged(Exception):
@@ -49,15 +49,26 @@ class Stream(IterableDataset):
 
 
 class Recorder(L.Callback):
-    def __init__(self, module, config: Config, clock: Clock, batches: Batches, tokens: Path,
-                 tokenizer: Tokenizer, folder: Path, log):
+    def __init__(
+        self,
+        module,
+        config: Config,
+        clock: Clock,
+        batches: Batches,
+        tokens: Path,
+        tokenizer: Tokenizer,
+        folder: Path,
+        log,
+    ):
         self.module, self.config, self.clock, self.batches = module, config, clock, batches
         self.tokenizer, self.folder, self.run_log = tokenizer, folder, log
         self.micro_batches = config.train.batch_tokens // config.tokens_per_micro_batch
-        self.dev = Batches(tokens, "dev", config.model.seq_len, config.train.micro_batch_size, config.seed)
+        self.dev = Batches(
+            tokens, "dev", config.model.seq_len, config.train.micro_batch_size, config.seed
+        )
         self.interrupted = False
         self.bar = Bar(config.runtime.progress_bar)
-        self.points: list[dict] = []          # not yet in MLflow
+        self.points: list[dict] = []  # not yet in MLflow
         self.final_loss: float | None = None
         self.dev_points_done = 0
         self.matmul_peak: float | None = None
@@ -70,9 +81,11 @@ class Recorder(L.Callback):
         self.device, self.dtype = device, dtype
         self.matmul_peak = machine.matmul_peak_flops(device, dtype)
         c, b = self.config, self.config.budget
-        self.bar.say(f"pretrain  {self.module.model.num_params() / 1e6:.1f}M params | {c.train.batch_tokens:,} tokens/step "
-                     f"({self.micro_batches} x {c.train.micro_batch_size} x {c.model.seq_len}) | "
-                     f"budget {b.amount:g} {b.kind} | {device.type}, {str(dtype).removeprefix('torch.')}")
+        self.bar.say(
+            f"pretrain  {self.module.model.num_params() / 1e6:.1f}M params | {c.train.batch_tokens:,} tokens/step "
+            f"({self.micro_batches} x {c.train.micro_batch_size} x {c.model.seq_len}) | "
+            f"budget {b.amount:g} {b.kind} | {device.type}, {str(dtype).removeprefix('torch.')}"
+        )
 
     def loader(self) -> DataLoader:
         stream = Stream(self.batches, self.clock.steps * self.micro_batches)
@@ -98,7 +111,10 @@ class Recorder(L.Callback):
     # -- Lightning's hooks, in the order they come
 
     def on_train_start(self, trainer, module) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):   # here: Lightning installs its own before this hook
+        for number in (
+            signal.SIGINT,
+            signal.SIGTERM,
+        ):  # here: Lightning installs its own before this hook
             signal.signal(number, self.on_signal)
         optimizer = trainer.optimizers[0]
         self.warm_up(optimizer)
@@ -106,7 +122,11 @@ class Recorder(L.Callback):
         kept = []
         if self.resumed:
             checkpoint.load_state(self.resumed, self.module.model, optimizer)
-            kept = [p for p in read_curve(self.resumed.parent / CURVE_FILE) if p["step"] <= self.clock.steps]
+            kept = [
+                p
+                for p in read_curve(self.resumed.parent / CURVE_FILE)
+                if p["step"] <= self.clock.steps
+            ]
         curve.write_text("".join(json.dumps(p) + "\n" for p in kept), encoding="utf-8")
         self.points = list(kept)
         self.dev_points_done = sum("dev_bpb" in p for p in kept)
@@ -150,7 +170,9 @@ class Recorder(L.Callback):
         cuda_rng = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else None
         shape = (self.config.train.micro_batch_size, self.config.model.seq_len)
         random = torch.Generator().manual_seed(0)
-        tokens = torch.randint(0, self.tokenizer.vocab_size, shape, generator=random).to(self.device)
+        tokens = torch.randint(0, self.tokenizer.vocab_size, shape, generator=random).to(
+            self.device
+        )
         for _ in range(NUM_WARM_UP_STEPS):
             self.module.training_step((tokens, tokens), 0).backward()
             optimizer.step()
@@ -170,8 +192,10 @@ class Recorder(L.Callback):
         limit = EXPLODED * ln(self.tokenizer.vocab_size)
         if not self.final_loss < limit:
             self.clock.stop()
-            raise Diverged(f"loss {self.final_loss:.3g} at step {self.clock.steps} (limit {limit:.3g}, 1.5 times that of a "
-                           "uniform guess). Lower optim.matrix_lr or optim.embedding_lr, or lengthen schedule.warmup_frac")
+            raise Diverged(
+                f"loss {self.final_loss:.3g} at step {self.clock.steps} (limit {limit:.3g}, 1.5 times that of a "
+                "uniform guess). Lower optim.matrix_lr or optim.embedding_lr, or lengthen schedule.warmup_frac"
+            )
 
     def write_point(self, trainer, dev_bpb: float | None) -> None:
         c = self.clock
@@ -179,12 +203,19 @@ class Recorder(L.Callback):
         rate = steps * c.tokens_per_step / seconds if seconds > 0 else None
         self.logged_step, self.logged_s = c.steps, c.elapsed_s
         lr = next(g["lr"] for g in trainer.optimizers[0].param_groups)
-        point = {"step": c.steps, "progress": round(c.progress, 6), "elapsed_s": round(c.elapsed_s, 3), "tokens": c.tokens,
-                 "train/loss": self.final_loss, "lr_scale": lr / trainer.optimizers[0].param_groups[0]["initial_lr"],
-                 "tokens_per_s": rate, "memory_gb": round(psutil.Process().memory_info().rss / 1e9, 3),
-                 "system/cpu_utilization_percentage": psutil.cpu_percent(),
-                 "system/system_memory_usage_percentage": psutil.virtual_memory().percent,
-                 "time": round(time.time(), 3)}
+        point = {
+            "step": c.steps,
+            "progress": round(c.progress, 6),
+            "elapsed_s": round(c.elapsed_s, 3),
+            "tokens": c.tokens,
+            "train/loss": self.final_loss,
+            "lr_scale": lr / trainer.optimizers[0].param_groups[0]["initial_lr"],
+            "tokens_per_s": rate,
+            "memory_gb": round(psutil.Process().memory_info().rss / 1e9, 3),
+            "system/cpu_utilization_percentage": psutil.cpu_percent(),
+            "system/system_memory_usage_percentage": psutil.virtual_memory().percent,
+            "time": round(time.time(), 3),
+        }
         if self.device.type == "cuda":
             point["memory_gb"] = round(torch.cuda.memory_allocated() / 1e9, 3)
         if dev_bpb is not None:
@@ -211,19 +242,31 @@ class Recorder(L.Callback):
 
     @torch.no_grad()
     def dev_bpb(self) -> float:
-        bytes_of_token = torch.from_numpy(self.tokenizer.token_bytes().astype("int64")).to(self.device)
+        bytes_of_token = torch.from_numpy(self.tokenizer.token_bytes().astype("int64")).to(
+            self.device
+        )
         nats = num_bytes = 0.0
-        for inputs, targets in self.dev.in_order(self.config.runtime.dev_bytes // 4):   # about 4 bytes a token
+        for inputs, targets in self.dev.in_order(
+            self.config.runtime.dev_bytes // 4
+        ):  # about 4 bytes a token
             inputs, targets = inputs.to(self.device), targets.to(self.device)
             sizes = bytes_of_token[targets]
-            nats += float((nats_of_targets(self.module.model(inputs), targets) * (sizes > 0)).double().sum())
+            nats += float(
+                (nats_of_targets(self.module.model(inputs), targets) * (sizes > 0)).double().sum()
+            )
             num_bytes += int(sizes.sum())
         return round(nats / ln(2) / num_bytes, 6)
 
     def save_state(self, trainer) -> None:
         with self.clock.paused():
-            checkpoint.save(self.folder / CHECKPOINT_FOLDER, self.module.model, self.config, self.tokenizer,
-                            trainer.optimizers[0], self.clock.state())
+            checkpoint.save(
+                self.folder / CHECKPOINT_FOLDER,
+                self.module.model,
+                self.config,
+                self.tokenizer,
+                trainer.optimizers[0],
+                self.clock.state(),
+            )
         self.saved_at = time.monotonic()
 
     def stop_if_done(self, trainer) -> None:
@@ -239,18 +282,31 @@ class Recorder(L.Callback):
         if self.interrupted:
             status = "crash"
             message = f"stopped by a signal at step {c.steps}; continue with resume={self.folder}"
-        return Training(status=status, message=message, interrupted=self.interrupted, steps=c.steps, tokens=c.tokens,
-                        train_s=round(c.elapsed_s, 3), final_loss=self.final_loss, tokens_per_s=rate and round(rate, 1),
-                        peak_memory_gb=round(machine.peak_memory_gb(device), 3), mfu=mfu and round(mfu, 4),
-                        num_params=model.num_params(), data_digest=data_digest,
-                        machine=machine.facts(device) | {"dtype": str(dtype).removeprefix("torch."),
-                                                         "matmul_tflops": round(self.matmul_peak / 1e12, 3)})
+        return Training(
+            status=status,
+            message=message,
+            interrupted=self.interrupted,
+            steps=c.steps,
+            tokens=c.tokens,
+            train_s=round(c.elapsed_s, 3),
+            final_loss=self.final_loss,
+            tokens_per_s=rate and round(rate, 1),
+            peak_memory_gb=round(machine.peak_memory_gb(device), 3),
+            mfu=mfu and round(mfu, 4),
+            num_params=model.num_params(),
+            data_digest=data_digest,
+            machine=machine.facts(device)
+            | {
+                "dtype": str(dtype).removeprefix("torch."),
+                "matmul_tflops": round(self.matmul_peak / 1e12, 3),
+            },
+        )
 
 
 class Bar:
     """A progress bar on a terminal, a line now and then elsewhere."""
 
-    LINES = 10   # in a log file, over the whole run
+    LINES = 10  # in a log file, over the whole run
 
     def __init__(self, wanted: bool):
         self.rich, self.next_line = None, 0.0
@@ -258,10 +314,19 @@ class Bar:
         if wanted and sys.stderr.isatty():
             from rich.progress import BarColumn, Progress, TextColumn
 
-            self.rich = Progress(TextColumn("step {task.fields[step]:>6}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-                                 TextColumn("loss {task.fields[loss]:.4f}  {task.fields[rate]} tok/s  {task.fields[left]} left"),
-                                 transient=True, refresh_per_second=4)
-            self.task = self.rich.add_task("", total=1.0, step=0, loss=float("nan"), rate="-", left="-")
+            self.rich = Progress(
+                TextColumn("step {task.fields[step]:>6}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn(
+                    "loss {task.fields[loss]:.4f}  {task.fields[rate]} tok/s  {task.fields[left]} left"
+                ),
+                transient=True,
+                refresh_per_second=4,
+            )
+            self.task = self.rich.add_task(
+                "", total=1.0, step=0, loss=float("nan"), rate="-", left="-"
+            )
 
     def say(self, line: str) -> None:
         print(line, flush=True)
@@ -272,10 +337,20 @@ class Bar:
         speed = "-" if rate is None else f"{rate:,.0f}"
         if self.rich:
             self.rich.start()
-            self.rich.update(self.task, completed=clock.progress, step=clock.steps, loss=loss, rate=speed, left=left)
+            self.rich.update(
+                self.task,
+                completed=clock.progress,
+                step=clock.steps,
+                loss=loss,
+                rate=speed,
+                left=left,
+            )
         elif clock.progress >= self.next_line:
             self.next_line = clock.progress + 1 / self.LINES
-            print(f"step {clock.steps:>6} | {clock.progress:>4.0%} | loss {loss:.4f} | {speed} tok/s | {left} left", flush=True)
+            print(
+                f"step {clock.steps:>6} | {clock.progress:>4.0%} | loss {loss:.4f} | {speed} tok/s | {left} left",
+                flush=True,
+            )
 
     def close(self) -> None:
         if self.rich:

@@ -12,12 +12,12 @@ from typing import Any
 
 STATUSES = ("ok", "crash", "timeout", "oom", "diverged", "invalid")
 
-TRAINING_FILE = "training.json"    # in the run's folder
+TRAINING_FILE = "training.json"  # in the run's folder
 RESULT_FILE = "result.json"
-CURVE_FILE = "curve.jsonl"         # one JSON object a line: step, progress, elapsed_s, loss, ...
+CURVE_FILE = "curve.jsonl"  # one JSON object a line: step, progress, elapsed_s, loss, ...
 CHECKPOINT_FOLDER = "checkpoint"
-SAMPLES_FILE = "samples.json"      # [{"prompt": ..., "completion": ...}]
-CONFIG_FILE = "config.yaml"        # the resolved config
+SAMPLES_FILE = "samples.json"  # [{"prompt": ..., "completion": ...}]
+CONFIG_FILE = "config.yaml"  # the resolved config
 LOG_FILE = "run.log"
 
 
@@ -26,21 +26,21 @@ class Training:
     """One training run, by the process that ran it."""
 
     status: str
-    message: str | None = None             # one line: why it is not ok, and the next move
-    interrupted: bool = False              # by SIGINT or SIGTERM; the checkpoint can be resumed
+    message: str | None = None  # one line: why it is not ok, and the next move
+    interrupted: bool = False  # by SIGINT or SIGTERM; the checkpoint can be resumed
     steps: int | None = None
     tokens: int | None = None
-    train_s: float | None = None           # the budget's clock
-    total_s: float | None = None           # process start to checkpoint written
-    final_loss: float | None = None        # nats per token, mean of the last steps
+    train_s: float | None = None  # the budget's clock
+    total_s: float | None = None  # process start to checkpoint written
+    final_loss: float | None = None  # nats per token, mean of the last steps
     tokens_per_s: float | None = None
     peak_memory_gb: float | None = None
-    mfu: float | None = None               # share of the device's peak matmul speed; null where unknown
+    mfu: float | None = None  # share of the device's peak matmul speed; null where unknown
     num_params: int | None = None
     seed: int | None = None
     config_digest: str | None = None
-    data_digest: str | None = None         # of the token manifest: corpus, filter, tokenizer
-    code: str | None = None                # folder that the code was imported from
+    data_digest: str | None = None  # of the token manifest: corpus, filter, tokenizer
+    code: str | None = None  # folder that the code was imported from
     commit: str | None = None
     machine: dict[str, Any] = field(default_factory=dict)
 
@@ -51,9 +51,9 @@ class Result:
 
     status: str
     message: str | None = None
-    val_bpb: float | None = None           # bits per byte of raw val text; lower is better
-    num_bytes: int | None = None           # raw bytes scored
-    num_tokens: int | None = None          # predictions scored
+    val_bpb: float | None = None  # bits per byte of raw val text; lower is better
+    num_bytes: int | None = None  # raw bytes scored
+    num_tokens: int | None = None  # predictions scored
     eval_s: float | None = None
     weights_sha256: str | None = None
     training: Training | None = None
@@ -62,7 +62,9 @@ class Result:
         if self.status not in STATUSES:
             raise ValueError(f"status ({self.status!r}) must be one of {', '.join(STATUSES)}")
         if (self.status == "ok") != (self.val_bpb is not None):
-            raise ValueError(f"a result has val_bpb if and only if its status is ok; got {self.status}, {self.val_bpb}")
+            raise ValueError(
+                f"a result has val_bpb if and only if its status is ok; got {self.status}, {self.val_bpb}"
+            )
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -70,8 +72,13 @@ def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + f".{os.getpid()}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value if not hasattr(value, "__dataclass_fields__") else asdict(value), file,
-                  indent=1, ensure_ascii=False, allow_nan=False)
+        json.dump(
+            value if not hasattr(value, "__dataclass_fields__") else asdict(value),
+            file,
+            indent=1,
+            ensure_ascii=False,
+            allow_nan=False,
+        )
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -80,7 +87,9 @@ def write_json(path: Path, value: Any) -> None:
 def _build(kind, values: dict[str, Any], path: Path):
     unknown = set(values) - {f.name for f in fields(kind)}
     if unknown:
-        raise ValueError(f"{path}: unknown field {sorted(unknown)[0]!r}; it was written by other code")
+        raise ValueError(
+            f"{path}: unknown field {sorted(unknown)[0]!r}; it was written by other code"
+        )
     return kind(**values)
 
 
