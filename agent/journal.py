@@ -101,7 +101,8 @@ class Journal:
             trial = trial_from_json(json.loads(line))
             if trial.number != number:
                 raise ValueError(
-                    f"{self.path}: line {number + 1} holds trial {trial.number}; the journal was edited"
+                    f"{self.path}: line {number + 1} holds trial {trial.number}; "
+                    "the journal was edited"
                 )
             self.trials.append(trial)
 

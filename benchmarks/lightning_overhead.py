@@ -1,7 +1,8 @@
-"""Milliseconds a step: our Lightning Trainer with its recorder, against a bare loop of the same work.
+"""Milliseconds a step: our Lightning Trainer with its recorder, against a bare loop, same work.
 
-Pairs alternate (bare, trainer, bare, trainer, ...) so that a slow minute of the machine hits both; the
-ratio is taken within each pair. Both do the same: batch, forward, backward, clip, schedule, optimizer.
+Pairs alternate (bare, trainer, bare, trainer, ...) so that a slow minute of the machine hits both;
+the ratio is taken within each pair. Both do the same: batch, forward, backward, clip, schedule,
+optimizer.
 
     python benchmarks/lightning_overhead.py [pairs] [steps] [key=value ...]
 """
@@ -113,14 +114,13 @@ def main() -> None:
         ratios.append(b / a)
     sys.stdout = shown
     print(
-        f"{machine.facts(device)['cpu']}, {torch.get_num_threads()} threads, {device.type}, {dtype}, "
-        f"{config.train.batch_tokens} tokens a step, {pairs} pairs of {steps} steps"
+        f"{machine.facts(device)['cpu']}, {torch.get_num_threads()} threads, {device.type}, "
+        f"{dtype}, {config.train.batch_tokens} tokens a step, {pairs} pairs of {steps} steps"
     )
     print(f"bare loop       {statistics.median(bares) * 1e3:8.2f} ms a step")
     print(f"Trainer         {statistics.median(trainers) * 1e3:8.2f} ms a step")
-    print(
-        f"ratio           {statistics.median(ratios):8.3f}  (min {min(ratios):.3f}, max {max(ratios):.3f})"
-    )
+    low, high = min(ratios), max(ratios)
+    print(f"ratio           {statistics.median(ratios):8.3f}  (min {low:.3f}, max {high:.3f})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Wrong input: one clear line each, exit status not 0, nothing written. All through the real entry points."""
+"""Wrong input: one clear line each, exit status not 0, nothing written.
+
+All through the real entry points.
+"""
 
 import pytest
 import yaml
@@ -24,13 +27,15 @@ WRONG = {
     "model.kv_group=3": "must divide the number of heads (4, from depth 4). Possible: [1, 2, 4]",
     "model.head_dim=33": "must be even",
     "model.window_pattern=SXL": "must be letters S (short) and L (long)",
-    "train.batch_tokens=5000": "must be a multiple of micro_batch_size x seq_len = 4 x 256 = 1024. Nearest: 4096 or 5120",
+    "train.batch_tokens=5000": "must be a multiple of micro_batch_size x seq_len = 4 x 256 = 1024. "
+    "Nearest: 4096 or 5120",
     "schedule.warmup_frac=0.7": "schedule.warmup_frac + warmdown_frac (1.2) must be at most 1",
     "budget.wall_limit_s=61": "must be at least budget.amount + 10 s = 70",
     "seed=-1": "seed (-1): must be greater than or equal to 0.",
     "~optim.eps": "optim.eps: missing",
     "corpus=folder": "corpus=folder needs the folder: corpus.path=/my/texts",
-    "corpus=folder corpus.path=/no/such/folder": "corpus.path (/no/such/folder): no such file or folder",
+    "corpus=folder corpus.path=/no/such/folder": "corpus.path (/no/such/folder): no such file "
+    "or folder",
     "corpus.source=hub": "a hub corpus needs a dataset name",
     "corpus.val_frac=0.6": "corpus.val_frac (0.6): must be less than 0.5.",
     "tokenizer.vocab_size=100": "must be greater than or equal to 265.",

@@ -1,4 +1,7 @@
-"""Imports run one way: fixed <- model, optim, schedule, filtering <- training <- pretrain; agent apart."""
+"""Imports run one way: fixed <- model, optim, schedule, filtering <- training <- pretrain.
+
+The agent stands apart.
+"""
 
 import ast
 import subprocess
@@ -17,7 +20,7 @@ ALLOWED = {
     "filtering": {"nightshift.fixed"},
     "training": {"nightshift.fixed", *(f"nightshift.{m}" for m in EDITABLE)},
 }
-# The two arrows that point up, each commented where it is: the candidate's model, the candidate's filter.
+# The two arrows that point up, each commented where it is: the candidate's model and filter.
 EXCEPTIONS = {("checkpoint", "nightshift.model"), ("batches", "nightshift.filtering")}
 TORCH_FREE = {
     "nightshift.command",

@@ -90,13 +90,14 @@ def test_the_warm_up_leaves_no_trace(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):
-    """SIGTERM in the middle of a real process; resumed, it ends with the weights of an undisturbed run."""
+    """SIGTERM in the middle of a real process; resumed, it has an undisturbed run's weights."""
     steps = {"budget.amount": 150.0}
     _, whole, _ = run(tmp_path, "whole", **steps)
     cfg = config(tmp_path, **steps)
     checkpoint.write_config(cfg, tmp_path / "conf" / "config.yaml")
-    command = [sys.executable, "-m", "nightshift.pretrain", "--config-path", str(tmp_path / "conf"),
-               "hydra.output_subdir=null", f"hydra.run.dir={tmp_path / 'cut'}", "hydra/job_logging=none"]  # fmt: skip
+    command = [sys.executable, "-m", "nightshift.pretrain", "--config-path", str(tmp_path / "conf")]
+    command += ["hydra.output_subdir=null", "hydra/job_logging=none"]
+    command += [f"hydra.run.dir={tmp_path / 'cut'}"]
     process = subprocess.Popen(
         command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.DEVNULL
     )
@@ -126,8 +127,9 @@ def test_a_finished_run_does_not_resume(shared):
 
 
 def test_an_exploding_loss_ends_the_run_as_diverged(tmp_path):
-    training, folder, _ = run(tmp_path, "bang", **{"optim.embedding_lr": 10.0, "optim.head_lr": 10.0, "optim.matrix_lr": 10.0,
-                                                   "model.softcap": None, "budget.amount": 300.0})  # fmt: skip
+    changes = {f"optim.{group}_lr": 10.0 for group in ("embedding", "head", "matrix")}
+    changes |= {"model.softcap": None, "budget.amount": 300.0}
+    training, folder, _ = run(tmp_path, "bang", **changes)
     assert training.status == "diverged" and "optim.matrix_lr" in training.message
     assert read_training(folder / "training.json").status == "diverged"
 

@@ -1,4 +1,4 @@
-"""Every recipe fits today's code, and what it makes still trains and still cannot see the future."""
+"""Every recipe fits today's code; what it makes still trains and still cannot see the future."""
 
 import subprocess
 import sys

@@ -14,7 +14,8 @@ TINY = {
     "tokenizer.vocab_size": 300, "budget.kind": "steps", "budget.amount": 6.0,
     "evaluate.max_bytes": 4000, "evaluate.sample_tokens": 4, "runtime.dev_bytes": 1000,
     "runtime.num_dev_points": 1, "runtime.log_every_steps": 2, "runtime.progress_bar": False,
-    "runtime.device": "cpu", "runtime.num_threads": 1, "tracking.enabled": False, "corpus.source": "folder", "corpus.files": "**/*",
+    "runtime.device": "cpu", "runtime.num_threads": 1, "tracking.enabled": False,
+    "corpus.source": "folder", "corpus.files": "**/*",
 }  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def write_texts(folder: Path, num_files: int = 40) -> Path:
 
 
 def values(tmp_path: Path, **changes: Any) -> dict[str, Any]:
-    """Plain values of a run that takes a second. Keys with dots: values(tmp, **{"model.depth": 3})."""
+    """Plain values of a run of a second. Keys with dots: values(tmp, **{"model.depth": 3})."""
     texts = tmp_path / "texts"
     if not texts.exists():
         write_texts(texts)

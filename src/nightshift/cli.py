@@ -1,4 +1,7 @@
-"""nightshift: one command for everything. Each subcommand is a function of a module, loaded when asked for."""
+"""nightshift: one command for everything.
+
+Each subcommand is a function of a module, loaded when asked for.
+"""
 
 import importlib
 import os

@@ -55,7 +55,10 @@ def explain(error: Exception, overrides: list[str]) -> str:
         group, choice = match.groups()
         options = _options(group)
         if options:
-            return f"{group}={choice}: there is no such choice. Choices: {', '.join(options)}.{nearest(choice, options)}"
+            return (
+                f"{group}={choice}: there is no such choice. Choices: {', '.join(options)}."
+                f"{nearest(choice, options)}"
+            )
     if match := re.search(
         r"Could not (?:override|append|delete)[^']*'([^']+)'|Key '([^']+)' is not in struct", text
     ):
@@ -72,7 +75,10 @@ def explain(error: Exception, overrides: list[str]) -> str:
         or "missing EQUAL" in text
     ):
         wrong = next((o for o in overrides if o in text or "=" not in o), " ".join(overrides))
-        return f"{wrong}: cannot be read. Write key=value, e.g. model.depth=6; quote values with spaces or commas."
+        return (
+            f"{wrong}: cannot be read. Write key=value, e.g. model.depth=6; "
+            "quote values with spaces or commas."
+        )
     if type(error).__name__.endswith("YAMLError") or hasattr(error, "problem_mark"):
         mark = error.problem_mark
         return f"{mark.name}, line {mark.line + 1}: not valid YAML ({error.problem})."
@@ -113,9 +119,10 @@ def check_champion(overrides: list[str], conf: Path = CONF) -> None:
     for override in overrides:
         group = override.split("=", 1)[0]
         if "/" not in group and "." not in group and isinstance(champion.get(group), dict):
+            accepted = ", ".join(f"{group}.{key}" for key in champion[group])
             raise ConfigError(
-                f"{override}: conf/trial/champion.yaml sets {', '.join(f'{group}.{k}' for k in champion[group])} "
-                "and would win over it. Add trial=none to leave the accepted changes out"
+                f"{override}: conf/trial/champion.yaml sets {accepted} and would win over it. "
+                "Add trial=none to leave the accepted changes out"
             )
 
 
@@ -127,7 +134,8 @@ def run(
     """Runs `job(values)` once, or once for each job of a multirun; returns the exit status.
 
     `ready(config)` looks for mistakes that need a look at the machine, before anything is written.
-    In a multirun the values of each job are left for the job to check: one bad job must not hide the others.
+    In a multirun the values of each job are left for the job to check: one bad job must not hide
+    the others.
     """
     import hydra
     from hydra._internal.utils import get_args_parser

@@ -1,7 +1,8 @@
 """Write params.yaml: the composed and checked conf/, for DVC's stages and for people to diff.
 
 The first line carries a digest of the rest. A params.yaml that was edited (by hand, or by
-`dvc exp run -S optim.matrix_lr=...`, which edits it) is refused, not overwritten: the edit would be lost.
+`dvc exp run -S optim.matrix_lr=...`, which edits it) is refused, not overwritten: the edit would
+be lost.
 
     dvc repro compose
 """
@@ -16,7 +17,7 @@ import yaml
 from nightshift import command
 from nightshift.fixed.config import ROOT, ConfigError, check, flatten
 
-# What the stages of dvc.yaml read. The rest (resume, MLflow, this machine) is not part of the pipeline.
+# What the stages of dvc.yaml read. The rest (resume, MLflow, this machine) is not the pipeline's.
 KEYS = (
     "seed",
     "corpus",
@@ -30,7 +31,10 @@ KEYS = (
     "evaluate",
 )
 REST = ("resume", "parent_run_id", "run_name", "runtime", "tracking")
-HEADER = "# Written by `dvc repro compose` from conf/; change conf/trial/champion.yaml instead. sha256 {digest}\n"
+HEADER = (
+    "# Written by `dvc repro compose` from conf/; change conf/trial/champion.yaml instead. "
+    "sha256 {digest}\n"
+)
 
 
 def params_text(values: dict[str, Any]) -> str:
@@ -54,8 +58,9 @@ def refuse_edited(path: Path, fresh: dict[str, Any]) -> None:
         return
     advice = " ".join(f"-S 'conf/trial/champion.yaml:++{edit}'" for edit in edits)
     raise ConfigError(
-        f"params.yaml was edited ({', '.join(edits)}), and compose would undo it: it is written from conf/. "
-        f"Use: dvc exp run {advice}   (to drop the edit: rm params.yaml && dvc repro compose)"
+        f"params.yaml was edited ({', '.join(edits)}), and compose would undo it: "
+        f"it is written from conf/. Use: dvc exp run {advice}   "
+        "(to drop the edit: rm params.yaml && dvc repro compose)"
     )
 
 

@@ -99,7 +99,7 @@ class Attention(nn.Module):
             return F.scaled_dot_product_attention(
                 q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=grouped
             )
-        # A mask makes sdpa leave its fast CUDA kernel, FlexAttention skips the masked blocks instead.
+        # A mask makes sdpa leave its fast CUDA kernel; FlexAttention skips the masked blocks.
         if self.use_flex or (self.flex_where_it_pays and q_BHTD.is_cuda):
             return flex_window(q_BHTD, k_BKTD, v_BKTD, self.window, grouped)
         mask = self.mask_TT[:T, :T]
@@ -173,7 +173,8 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         """Matrices at 1/sqrt(fan in); what writes to the residual stream starts at zero, so that
-        every block begins as the identity; the head starts near zero, so that the loss begins at ln V."""
+        every block begins as the identity; the head starts near zero, so that the loss begins at
+        ln V."""
         for module in self.modules():
             if isinstance(module, Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)

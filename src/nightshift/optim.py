@@ -1,8 +1,8 @@
 """Muon for the matrices of the blocks, AdamW for embeddings, head and scalars: one optimizer.
 
-Muon (Jordan et al. 2024): momentum, then the nearest orthogonal matrix by a Newton-Schulz iteration,
-so that every direction of a weight matrix learns at the same speed. Same-shaped matrices are stacked
-and iterated together: the cost is a few batched matmuls a step.
+Muon (Jordan et al. 2024): momentum, then the nearest orthogonal matrix by a Newton-Schulz
+iteration, so that every direction of a weight matrix learns at the same speed. Same-shaped matrices
+are stacked and iterated together: the cost is a few batched matmuls a step.
 """
 
 import torch
@@ -11,15 +11,15 @@ from torch import Tensor
 from nightshift.fixed.config import Optim
 from nightshift.model import GPT
 
-# Quintic coefficients from Jordan et al. 2024: steep at zero, singular values end within 0.7 to 1.2.
+# Quintic coefficients from Jordan et al. 2024: steep at zero, singular values end in 0.7 to 1.2.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
-# Width at which the AdamW learning rates of conf/optim hold; they scale with width ** -0.5 (nanochat).
+# Width where the AdamW learning rates of conf/optim hold; they scale with width ** -0.5 (nanochat).
 REFERENCE_WIDTH = 192
 
 
 def orthogonalize(g_NRC: Tensor, num_steps: int) -> Tensor:
-    """For each of N matrices (R rows, C columns) about U V^T of its singular value decomposition."""
+    """For each of N matrices (R rows, C columns) about U V^T of its singular decomposition."""
     a, b, c = QUINTIC
     tall = g_NRC.size(-2) > g_NRC.size(-1)
     x = g_NRC.mT if tall else g_NRC
@@ -78,7 +78,7 @@ class MuonAdamW(torch.optim.Optimizer):
         torch._foreach_add_(params, list(updates.to(params[0].dtype).unbind()), alpha=-lr)
 
     def _adamw(self, params: list[Tensor], lr: float) -> None:
-        """Kingma and Ba 2015 with bias correction; no weight decay on embeddings, head and scalars."""
+        """Kingma and Ba 2015 with bias correction; no weight decay on embeddings, head, scalars."""
         o, grads = self.optim, [p.grad for p in params]
         states = [self.state[p] for p in params]
         for p, s in zip(params, states, strict=True):

@@ -4,8 +4,8 @@
     nightshift pretrain -m optim.matrix_lr=0.01,0.02,0.04 seed=1,2
     nightshift pretrain resume=outputs/pretrain/<run>
 
-The run's folder gets training.json (fixed/result.py), curve.jsonl, checkpoint/, samples.json and, from
-the evaluation in a process of its own, result.json.
+The run's folder gets training.json (fixed/result.py), curve.jsonl, checkpoint/, samples.json and,
+from the evaluation in a process of its own, result.json.
 """
 
 import logging
@@ -76,7 +76,8 @@ def job(values: dict[str, Any]) -> int:
         if is_multirun and tracking.enabled and not values["parent_run_id"]:
             raise ConfigError(
                 "parent_run_id (null): this multirun has no parent run: the callback of "
-                "conf/config.yaml (hydra.callbacks.mlflow_parent) failed. Run with tracking=off to do without"
+                "conf/config.yaml (hydra.callbacks.mlflow_parent) failed. "
+                "Run with tracking=off to do without"
             )
         return tracked_run(values, tracking, folder, overrides)
     except ConfigError as error:
@@ -114,7 +115,8 @@ def tracked_run(
 
 
 def continued(config: Config, overrides: list[str]) -> Config:
-    """With `resume`, the interrupted run's own configuration; only what does not change the run may be given anew."""
+    """With `resume`, the interrupted run's own configuration; only what does not change the run may
+    be given anew."""
     if config.resume is None:
         return config
     from nightshift.fixed.checkpoint import folder_of, read_config
@@ -127,7 +129,8 @@ def continued(config: Config, overrides: list[str]) -> Config:
     }
     if wrong := [key for key, group in groups.items() if group not in free]:
         raise ConfigError(
-            f"{wrong[0]}: a resumed run keeps the configuration it had; only budget, runtime and tracking may change"
+            f"{wrong[0]}: a resumed run keeps the configuration it had; "
+            "only budget, runtime and tracking may change"
         )
     fresh = set(free) - (set() if "budget" in groups.values() else {"budget"})
     given = config.model_dump()

@@ -64,7 +64,10 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def share_cache() -> None:
-    """In a git worktree: the DVC cache of the main checkout. Written to .dvc/config.local, which git ignores."""
+    """In a git worktree: the DVC cache of the main checkout.
+
+    Written to .dvc/config.local, which git ignores.
+    """
     git = ["git", "-C", str(ROOT), "rev-parse", "--path-format=absolute", "--git-common-dir"]
     main = Path(
         subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()

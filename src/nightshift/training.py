@@ -1,4 +1,7 @@
-"""The training step: loss, learning rate, gradient clipping. Lightning runs it; pretrain.py feeds it."""
+"""The training step: loss, learning rate, gradient clipping.
+
+Lightning runs it; pretrain.py feeds it.
+"""
 
 import lightning as L
 import torch

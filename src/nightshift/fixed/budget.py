@@ -89,6 +89,7 @@ def read_progress(path: Path) -> np.ndarray:
     path = path / PROGRESS_FILE if path.is_dir() else path
     if not path.is_file():
         raise ConfigError(
-            f"budget.replay ({path}): no recorded run there; give a run's folder or its {PROGRESS_FILE}"
+            f"budget.replay ({path}): no recorded run there; "
+            f"give a run's folder or its {PROGRESS_FILE}"
         )
     return np.fromfile(path, dtype="<f4")

@@ -1,4 +1,4 @@
-"""A checkpoint is a folder: weights, resolved config, tokenizer. Never a pickle: loading cannot execute.
+"""A checkpoint is a folder: weights, resolved config, tokenizer. Loading runs no code: no pickle.
 
 model.safetensors   float32 weights
 config.yaml         the resolved configuration of the run
@@ -104,7 +104,8 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     if unexpected or set(missing) - tied:
         wrong = (unexpected or sorted(set(missing) - tied))[0]
         raise ConfigError(
-            f"{folder / WEIGHTS_FILE}: the weights do not fit the model ({wrong}); they were saved by other code"
+            f"{folder / WEIGHTS_FILE}: the weights do not fit the model ({wrong}); "
+            "they were saved by other code"
         )
 
 
@@ -135,7 +136,8 @@ def load_clock(folder: Path) -> dict:
     """The clock's state in a checkpoint that can be resumed."""
     if not (folder / STATE_FILES[1]).is_file():
         raise ConfigError(
-            f"resume ({folder}): this run is finished or never saved its state; only an interrupted run resumes"
+            f"resume ({folder}): this run is finished or never saved its state; "
+            "only an interrupted run resumes"
         )
     return json.loads((folder / STATE_FILES[1]).read_text())["clock"]
 

@@ -230,7 +230,10 @@ class Tracking(Group):
 
 
 class Config(Group):
-    """A whole run. `seed`, `corpus`, `budget`, `evaluate`, `runtime`, `tracking` are never proposed."""
+    """A whole run.
+
+    `seed`, `corpus`, `budget`, `evaluate`, `runtime`, `tracking` are never proposed.
+    """
 
     seed: int = Field(ge=0, lt=2**31)
     resume: str | None

@@ -1,13 +1,13 @@
 """Score a checkpoint in bits per byte of the fixed val text: run folder -> result.json.
 
 val_bpb = nats of the text / (ln 2 * its UTF-8 bytes). Every byte is scored once, whatever the
-tokenizer, the context length or the batch size; document boundaries have no bytes and are left out of
-both sums. Log-probabilities are normalised here, in float32, from the model's logits, so they always
-sum to one.
+tokenizer, the context length or the batch size; document boundaries have no bytes and are left out
+of both sums. Log-probabilities are normalised here, in float32, from the model's logits, so they
+always sum to one.
 
 Covered: the metric is computed here, in a process of its own, from text that training never read;
-bytes are counted from the text; leaks from the future are looked for; logits that are not finite are
-a status, not a number; the weights are hashed before and after.
+bytes are counted from the text; leaks from the future are looked for; logits that are not finite
+are a status, not a number; the weights are hashed before and after.
 Not covered yet: the candidate's model code runs in this process, so code that means to cheat could.
 
     nightshift evaluate run=outputs/pretrain/<run>
@@ -103,7 +103,7 @@ def score(
     batch_size: int,
     device: torch.device,
 ) -> tuple[float, int, int]:
-    """(bits per byte, bytes, tokens scored). Out of memory: the batch is halved, the result the same."""
+    """(bits per byte, bytes, tokens scored). Out of memory halves the batch, not the result."""
     stream = token_stream(texts, tokenizer)
     bytes_of_token = torch.from_numpy(tokenizer.token_bytes().astype(np.int64)).to(device)
     nats, num_bytes, num_tokens = 0.0, 0, 0
@@ -151,8 +151,8 @@ def check_causality(
         moved = float((before - after).abs().max())
         if not moved <= CAUSALITY_TOLERANCE:
             raise Invalid(
-                f"logits before position {cut} moved by {moved:.3g} when later tokens were changed: "
-                "the model sees the future"
+                f"logits before position {cut} moved by {moved:.3g} when later tokens were "
+                "changed: the model sees the future"
             )
 
 

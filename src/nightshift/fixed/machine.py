@@ -1,4 +1,4 @@
-"""The machine's side of a run: device, arithmetic, memory, and the facts that belong on a record."""
+"""The machine's side of a run: device, arithmetic, memory, and the facts to put on record."""
 
 import ctypes
 import platform
@@ -25,7 +25,7 @@ def pick_device(runtime: Runtime) -> torch.device:
 
 
 def pick_dtype(device: torch.device, train: Train) -> torch.dtype:
-    """bf16 where the hardware multiplies it natively (CUDA; CPUs with AVX512-BF16 or AMX), else float32."""
+    """bf16 where the hardware multiplies it (CUDA; CPUs with AVX512-BF16 or AMX), else float32."""
     if train.precision != "auto":
         return {"bf16": torch.bfloat16, "fp32": torch.float32}[train.precision]
     native = torch.cuda.is_bf16_supported() if device.type == "cuda" else cpu_has_bf16()
@@ -59,8 +59,9 @@ def prepare(runtime: Runtime, device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Makes glibc keep large freed blocks instead of giving them back to the kernel.
 
-    Logits and their gradients are tens of MB, freed and allocated again at every step; without this
-    the kernel clears the same pages each time (measured: 8.1k -> 13.5k tokens/s, docs/decisions.md).
+    Logits and their gradients are tens of MB, freed and allocated again at every step; without
+    this the kernel clears the same pages each time (measured: 8.1k -> 13.5k tokens/s,
+    docs/decisions.md).
     """
     if sys.platform != "linux":
         return

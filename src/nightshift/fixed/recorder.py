@@ -1,8 +1,8 @@
-"""The eyes and the clock of a training run: a Lightning callback that the candidate cannot reach into.
+"""The eyes and the clock of a training run: a Lightning callback, out of the candidate's reach.
 
 Sets progress before each step, stops when the budget is spent, writes the curve, measures dev_bpb,
-notices divergence, saves what `resume` needs, and shows a progress bar. Reads the loss only every few
-steps on a GPU: each reading waits for the device.
+notices divergence, saves what `resume` needs, and shows a progress bar. Reads the loss only every
+few steps on a GPU: each reading waits for the device.
 """
 
 import json
@@ -82,7 +82,8 @@ class Recorder(L.Callback):
         self.matmul_peak = machine.matmul_peak_flops(device, dtype)
         c, b = self.config, self.config.budget
         self.bar.say(
-            f"pretrain  {self.module.model.num_params() / 1e6:.1f}M params | {c.train.batch_tokens:,} tokens/step "
+            f"pretrain  {self.module.model.num_params() / 1e6:.1f}M params | "
+            f"{c.train.batch_tokens:,} tokens/step "
             f"({self.micro_batches} x {c.train.micro_batch_size} x {c.model.seq_len}) | "
             f"budget {b.amount:g} {b.kind} | {device.type}, {str(dtype).removeprefix('torch.')}"
         )
@@ -103,7 +104,8 @@ class Recorder(L.Callback):
             self.bar.close()
 
     def on_signal(self, number, frame) -> None:
-        """The first SIGINT or SIGTERM ends training after the step, with a checkpoint; the second ends at once."""
+        """The first SIGINT or SIGTERM ends training after the step, with a checkpoint; the second
+        ends at once."""
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
@@ -164,7 +166,7 @@ class Recorder(L.Callback):
     # -- what they do
 
     def warm_up(self, optimizer) -> None:
-        """Compiles and allocates on made-up tokens, then undoes it: weights, optimizer, RNG as before."""
+        """Compiles and allocates on made-up tokens; weights, optimizer and RNG stay as before."""
         weights = [p.detach().clone() for p in self.module.parameters()]
         rng = torch.get_rng_state()
         cuda_rng = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else None
@@ -193,8 +195,9 @@ class Recorder(L.Callback):
         if not self.final_loss < limit:
             self.clock.stop()
             raise Diverged(
-                f"loss {self.final_loss:.3g} at step {self.clock.steps} (limit {limit:.3g}, 1.5 times that of a "
-                "uniform guess). Lower optim.matrix_lr or optim.embedding_lr, or lengthen schedule.warmup_frac"
+                f"loss {self.final_loss:.3g} at step {self.clock.steps} (limit {limit:.3g}, "
+                "1.5 times that of a uniform guess). Lower optim.matrix_lr or optim.embedding_lr, "
+                "or lengthen schedule.warmup_frac"
             )
 
     def write_point(self, trainer, dev_bpb: float | None) -> None:
@@ -319,7 +322,8 @@ class Bar:
                 BarColumn(),
                 TextColumn("{task.percentage:>3.0f}%"),
                 TextColumn(
-                    "loss {task.fields[loss]:.4f}  {task.fields[rate]} tok/s  {task.fields[left]} left"
+                    "loss {task.fields[loss]:.4f}  {task.fields[rate]} tok/s  "
+                    "{task.fields[left]} left"
                 ),
                 transient=True,
                 refresh_per_second=4,
@@ -348,7 +352,8 @@ class Bar:
         elif clock.progress >= self.next_line:
             self.next_line = clock.progress + 1 / self.LINES
             print(
-                f"step {clock.steps:>6} | {clock.progress:>4.0%} | loss {loss:.4f} | {speed} tok/s | {left} left",
+                f"step {clock.steps:>6} | {clock.progress:>4.0%} | loss {loss:.4f} | "
+                f"{speed} tok/s | {left} left",
                 flush=True,
             )
 

@@ -1,7 +1,8 @@
 """What a run leaves behind for others to read: training.json and result.json.
 
-`training.json` is written by pretrain (what it claims), `result.json` by evaluate (what is believed).
-A missing number is null, never 0. Standard library only: the research loop imports this file.
+`training.json` is written by pretrain (what it claims), `result.json` by evaluate (what is
+believed). A missing number is null, never 0. Standard library only: the research loop imports this
+file.
 """
 
 import json
@@ -63,7 +64,8 @@ class Result:
             raise ValueError(f"status ({self.status!r}) must be one of {', '.join(STATUSES)}")
         if (self.status == "ok") != (self.val_bpb is not None):
             raise ValueError(
-                f"a result has val_bpb if and only if its status is ok; got {self.status}, {self.val_bpb}"
+                "a result has val_bpb if and only if its status is ok; "
+                f"got {self.status}, {self.val_bpb}"
             )
 
 
