@@ -1,0 +1,126 @@
+"""The whole of it, for real and small: a clone, a study, MLflow, DVC. `make test-all` runs it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from nightshift.fixed.config import ROOT
+
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "budget.kind=steps", "budget.amount=6", "evaluate.max_bytes=20000", "evaluate.sample_tokens=4",
+    "runtime.num_dev_points=1", "runtime.dev_bytes=5000",
+]  # fmt: skip
+
+
+def environment(clone):
+    return os.environ | {
+        "PYTHONPATH": f"{clone / 'src'}:{clone}",
+        "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}",
+    }
+
+
+def run(clone, *command, ok=True):
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=clone,
+        env=environment(clone),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """What is in git now, with the changes that are not committed yet, in a repository of its own."""
+    folder = tmp_path_factory.mktemp("clone") / "nightshift"
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    for command in (["init", "-q", "-b", "main"], ["add", "."], ["commit", "-q", "-m", "start"]):
+        identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+        subprocess.run(["git", *identity, *command], cwd=folder, check=True)
+    return folder
+
+
+def test_a_study_is_told_alike_by_the_journal_mlflow_and_dvc(clone):
+    from nightshift.fixed.config import Tracking
+    from nightshift.fixed.tracking import open_store
+
+    said = run(
+        clone, "nightshift.cli", "study", "study.name=t", "study.trials=4", "study.z=0.01", *SMALL
+    )
+    trials = [json.loads(line) for line in open(clone / "outputs/studies/t/journal.jsonl")]
+    assert [t["number"] for t in trials] == [0, 1, 2, 3, 4]
+    assert sum(bool(t["proposal"]["edits"]) for t in trials) >= 2, "code changes are among them"
+    assert "reproduce:" in said
+
+    uri = f"sqlite:///{clone}/outputs/mlflow/mlflow.db"
+    store = open_store(Tracking(enabled=True, uri=uri, experiment="nightshift"))
+    parent = store.find(kind="study")[0]
+    children = {int(c.data.tags["trial"]): c for c in store.children(parent.info.run_id)}
+    assert sorted(children) == [0, 1, 2, 3, 4] and parent.info.status == "FINISHED"
+    for trial in trials:
+        assert children[trial["number"]].data.metrics.get("val_bpb") == pytest.approx(
+            trial["val_bpb"], abs=1e-6
+        )
+
+    kept = [t for t in trials if t["decision"] == "keep"][-1]
+    other = clone.with_name("other")
+    subprocess.run(["git", "clone", "-q", str(clone), str(other)], check=True)
+    subprocess.run(["git", "checkout", "-q", "study/t"], cwd=other, check=True)
+    run(other, "dvc", "cache", "dir", "--local", str(clone / ".dvc/cache"))
+    assert "Running stage" not in run(other, "dvc", "repro")
+    again = json.loads((other / "champion/metrics.json").read_text())["val_bpb"]
+    assert again == kept["runs"][0]["val_bpb"]
+    assert "Running stage 'pretrain'" in run(
+        other, "dvc", "repro", "-f", "pretrain", "evaluate", "--single-item"
+    )
+    assert json.loads((other / "champion/metrics.json").read_text())["val_bpb"] == again, (
+        "to the last digit"
+    )
+
+
+def test_a_sweep_with_a_bad_job_keeps_the_others(clone):
+    from nightshift.fixed.config import Tracking
+    from nightshift.fixed.tracking import open_store
+
+    run(
+        clone,
+        "nightshift.pretrain",
+        "-m",
+        "optim.matrix_lr=0.01,-1,0.04",
+        "seed=1,2",
+        *SMALL,
+        ok=False,
+    )
+    uri = f"sqlite:///{clone}/outputs/mlflow/mlflow.db"
+    store = open_store(Tracking(enabled=True, uri=uri, experiment="nightshift"))
+    parent = store.find(kind="sweep")[0]
+    ended = sorted(c.info.status for c in store.children(parent.info.run_id))
+    assert ended == ["FAILED"] * 2 + ["FINISHED"] * 4 and parent.info.status == "FAILED"
+
+
+def test_dvc_runs_only_what_a_change_touches(clone):
+    smaller = clone / "conf/budget/60s.yaml"
+    smaller.write_text("kind: steps\namount: 4.0\nwall_limit_s: 60.0\nreplay: null\n")
+    assert "Running stage 'evaluate'" in run(clone, "dvc", "repro")
+    assert "up to date" in run(clone, "dvc", "repro")
+    file = clone / "conf/optim/muon.yaml"
+    file.write_text(file.read_text().replace("matrix_lr: 0.02", "matrix_lr: 0.03"))
+    said = run(clone, "dvc", "repro")
+    assert [s for s in ("corpus", "tokenizer", "tokens", "pretrain", "evaluate") if f"Running stage '{s}'" in said] \
+        == ["pretrain", "evaluate"]  # fmt: skip
+    said = run(clone, "dvc", "exp", "run", "-S", "optim.matrix_lr=0.05", ok=False)
+    assert "-S 'conf/trial/champion.yaml:++optim.matrix_lr=0.05'" in said
