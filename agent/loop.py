@@ -40,10 +40,25 @@ class BaselineFailed(StudyError):
     """There is nothing to compare with."""
 
 
+USAGE = """usage: nightshift study [key=value ...]
+
+Runs a study: the baseline, then trials; keeps what is better. Started again with the same
+study.name it goes on. Every key of `nightshift pretrain --help` can be given too, e.g.
+  nightshift study study.name=mine study.trials=40 corpus=folder corpus.path=/my/texts
+  nightshift study preset=d12 space=wide
+
+Its own keys, with their defaults (conf/study.yaml):"""
+
+
 def main(argv: list[str] | None = None, repo: Path = ROOT) -> int:
     """Exit status: 0 done, 1 the baseline failed, 2 it cannot start, 130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(f"{USAGE}\n\n{(repo / 'conf/study.yaml').read_text(encoding='utf-8')}")
+        return 0
     try:
+        if options := [argument for argument in argv if argument.startswith("-")]:
+            raise ConfigError(f"{options[0]}: there is no such option; a study takes key=value")
         plan = read_plan(repo / "conf", argv)
         with stop_on_signals() as stop, open_study(repo, plan, stop) as study:
             run_study(study)

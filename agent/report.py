@@ -34,6 +34,7 @@ COLUMNS = (
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="nightshift report", description=__doc__.splitlines()[0])
     parser.add_argument("study", help="name of the study")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line
     args = parser.parse_args(argv)
     try:
         study_folder = find_study(args.study, STUDIES)

@@ -20,6 +20,7 @@ from nightshift.fixed.config import (
     check,
     flatten,
     nearest,
+    require_corpus,
 )
 
 HARNESS_KEYS = ("parent_run_id", "run_name", "resume", "runtime", "tracking")  # not what is learned
@@ -137,6 +138,7 @@ def read_plan(conf: Path, overrides: list[str]) -> Plan:
     config = study = None
     try:
         config = check(values)
+        require_corpus(config)
     except ConfigError as error:
         mistakes.append(str(error))
     try:

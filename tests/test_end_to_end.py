@@ -26,13 +26,9 @@ def environment(clone):
 
 
 def run(clone, *command, ok=True):
-    done = subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=clone,
-        env=environment(clone),
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", *command]
+    place = {"cwd": clone, "env": environment(clone)}
+    done = subprocess.run(command, **place, capture_output=True, text=True)
     assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 
@@ -120,7 +116,7 @@ def test_dvc_runs_only_what_a_change_touches(clone):
     file = clone / "conf/optim/muon.yaml"
     file.write_text(file.read_text().replace("matrix_lr: 0.02", "matrix_lr: 0.03"))
     said = run(clone, "dvc", "repro")
-    assert [s for s in ("corpus", "tokenizer", "tokens", "pretrain", "evaluate") if f"Running stage '{s}'" in said] \
-        == ["pretrain", "evaluate"]  # fmt: skip
+    stages = ("corpus", "tokenizer", "tokens", "pretrain", "evaluate")
+    assert [s for s in stages if f"Running stage '{s}'" in said] == ["pretrain", "evaluate"]
     said = run(clone, "dvc", "exp", "run", "-S", "optim.matrix_lr=0.05", ok=False)
     assert "-S 'conf/trial/champion.yaml:++optim.matrix_lr=0.05'" in said

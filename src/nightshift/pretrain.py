@@ -48,10 +48,7 @@ def ready(config: Config) -> None:
     from nightshift.fixed.checkpoint import folder_of, load_clock
     from nightshift.fixed.machine import pick_device
 
-    if config.corpus.source == "folder" and not Path(config.corpus.path).exists():
-        raise ConfigError(
-            f"corpus.path ({config.corpus.path}): no such file or folder; give where your texts are"
-        )
+    knobs.require_corpus(config)
     if config.resume is not None:
         load_clock(folder_of(config.resume))
     if config.budget.replay is not None:

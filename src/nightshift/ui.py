@@ -26,6 +26,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=5000, help="first port to try (%(default)s)")
     parser.add_argument("overrides", nargs="*", help="tracking.uri=... or tracking.experiment=...")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line
     args = parser.parse_args(argv)
     try:
         return show(args.host, args.port, args.overrides)

@@ -279,6 +279,15 @@ def check(values: dict[str, Any], schema: type[Group] = Config) -> Any:
         raise ConfigError("\n".join(_line(e, values, schema) for e in error.errors())) from None
 
 
+def require_corpus(config: Config) -> None:
+    """Raises ConfigError if the texts are not there: better now than after a study has begun."""
+    place = config.corpus.path
+    if config.corpus.source == "folder" and not Path(place).exists():
+        raise ConfigError(
+            f"corpus.path ({place}): no such file or folder; give where your texts are"
+        )
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{'a': {'b': 1}} -> {'a.b': 1}; lists stay whole."""
     flat = {}
