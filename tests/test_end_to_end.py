@@ -35,7 +35,7 @@ def run(clone, *command, ok=True):
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """What is in git now, with the changes that are not committed yet, in a repository of its own."""
+    """What is in git now, with what is not committed yet, in a repository of its own."""
     folder = tmp_path_factory.mktemp("clone") / "nightshift"
     listed = subprocess.run(
         ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True

@@ -59,6 +59,8 @@ class Clock:
 
     @property
     def spent(self) -> bool:
+        if self.replay is not None:  # the last step of a run may have begun at progress 1
+            return self.steps >= len(self.replay)
         return self.progress >= 1.0
 
     def begin_step(self) -> float:
