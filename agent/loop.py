@@ -207,7 +207,8 @@ def run_seeds(study: Study, trial: Trial, parent: Trial | None, on: Bench) -> No
 def judge(study: Study, trial: Trial, parent: Trial | None) -> None:
     """Fill in decision, reason and numbers. Raises BaselineFailed."""
     numbers = [run.val_bpb for run in trial.runs if run.status == "ok"]
-    trial.val_bpb = sum(numbers) / len(numbers) if numbers and trial.status == "ok" else None
+    if numbers and trial.status == "ok":
+        trial.val_bpb = round(sum(numbers) / len(numbers), 6)  # as result.json and MLflow have it
     trial.data_digest = data_digest(study.folder, trial.runs[0]) if trial.runs else None
     if parent is None:
         if trial.status != "ok":
@@ -219,4 +220,5 @@ def judge(study: Study, trial: Trial, parent: Trial | None) -> None:
     elif trial.runs:
         noise = measure_noise(repeated([*study.journal.trials, trial]))
         decision = decide(parent, trial.runs, noise, study.plan.study.z)
-        trial.decision, trial.reason, trial.gain = decision.kind, decision.reason, decision.gain
+        trial.decision, trial.reason = decision.kind, decision.reason
+        trial.gain = None if decision.gain is None else round(decision.gain, 6)
