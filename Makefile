@@ -17,7 +17,7 @@ test: setup      ## the tests: under 3 minutes on 2 cores, no GPU, no network
 	$(RUN)/python -m pytest
 
 test-all: setup  ## with the slow ones, and those that need a GPU where there is one
-	$(RUN)/python -m pytest -m "slow or not slow"
+	$(RUN)/python -m pytest -m "not gpu or gpu"
 
 repro: setup     ## train and evaluate what conf/ says, through DVC
 	PATH="$(CURDIR)/$(RUN):$$PATH" dvc repro

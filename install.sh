@@ -32,3 +32,6 @@ echo "installing the locked versions"
 pip install -r requirements.lock
 pip install --no-deps --no-build-isolation -e .
 "$venv/bin/python" -c 'import torch; print("torch", torch.__version__, "on", "CUDA" if torch.cuda.is_available() else "the CPU")'
+if command -v nvidia-smi >/dev/null 2>&1 && "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is not None)'; then
+    echo "note: this machine has an NVIDIA GPU, but pip chose a build of torch without CUDA: check pip's find-links" >&2
+fi
