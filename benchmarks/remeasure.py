@@ -4,10 +4,9 @@ Prints, for each keep of the studies named: the gain that the study saw (on its 
 gain on the fresh ones, with the standard error of the difference. Runs nothing inside the study's
 folder.
 
-    python benchmarks/remeasure.py first other-study [seeds=11,12,13]
+    python benchmarks/remeasure.py first other-study [seeds=11,12,13] [threads=1]
 """
 
-import json
 import shutil
 import statistics
 import sys
@@ -17,54 +16,52 @@ from agent import workspace
 from agent.journal import Journal, Trial
 from agent.trial import Bench, Stop
 from agent.warm import Starter
-from nightshift.fixed.config import ROOT, check
+from nightshift.fixed.config import ROOT
 
 
 def main() -> None:
     names = [a for a in sys.argv[1:] if "=" not in a]
-    given = next((a for a in sys.argv[1:] if a.startswith("seeds=")), "seeds=11,12,13")
-    seeds = [int(s) for s in given.removeprefix("seeds=").split(",")]
-    out = ROOT / "benchmarks" / "out" / "remeasure"
+    given = dict(a.split("=", 1) for a in sys.argv[1:] if "=" in a)
+    seeds = [int(s) for s in given.get("seeds", "11,12,13").split(",")]
+    threads = int(given["threads"]) if "threads" in given else None
+    out = ROOT / "benchmarks" / "out" / f"remeasure-{'-'.join(names)}"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    starter = Starter(out, True)
+    starter, measured = Starter(out, True), {}
     for name in names:
-        study = ROOT / "outputs" / "studies" / name
-        config = json.loads((study / "settings.json").read_text())["config"]
-        journal, measured = Journal(study / "journal.jsonl"), {}
+        journal = Journal(ROOT / "outputs" / "studies" / name / "journal.jsonl")
         for trial in journal.lineage:
-            measured[trial.number] = fresh_runs(starter, out, name, trial, seeds, config)
+            if trial.digest not in measured:  # studies share their baseline
+                measured[trial.digest] = fresh_runs(starter, out, name, trial, seeds, threads)
             if trial.parent is not None:
-                report(name, trial, measured[trial.parent], measured[trial.number])
+                parent = journal.trials[trial.parent]
+                report(name, trial, measured[parent.digest], measured[trial.digest])
         if len(journal.lineage) == 1:
             print(f"{name}: kept nothing", flush=True)
     starter.close()
 
 
-def fresh_runs(starter, out: Path, name: str, trial: Trial, seeds, given) -> list[float]:
-    tree = out / name / f"{trial.number:03d}" / "worktree"
-    with workspace.worktree(ROOT, tree, trial.commit):
+def fresh_runs(starter, out: Path, name: str, trial: Trial, seeds, threads) -> list[float]:
+    folder = out / name / f"{trial.number:03d}"
+    with workspace.worktree(ROOT, folder / "worktree", trial.commit) as tree:
         config = workspace.resolve(tree)
-        runtime = check(given | {k: v for k, v in config.model_dump().items() if k not in given})
-        config = config.model_copy(update={"runtime": runtime.runtime})
-        folder = tree.parent
+        runtime = config.runtime.model_copy(update={"num_threads": threads})
         bench = Bench(
             mark=f"remeasure/{name}/{trial.number:03d}",
             study_folder=out,
             folder=folder,
             tree=tree,
-            config=config,
+            config=config.model_copy(update={"runtime": runtime}),
             own_cache=folder / "cache",
             shared_cache=ROOT / ".cache",
             starter=starter,
             stop=Stop(),
             show=lambda what: None,
         )
-        limit_s = config.budget.wall_limit_s
-        runs = [bench.run(f"seed_{seed}", seed, limit_s) for seed in seeds]
-        if bad := [run for run in runs if run.status != "ok"]:
-            sys.exit(f"{name} trial {trial.number}: {bad[0].status} {bad[0].message}")
-        return [run.val_bpb for run in runs]
+        runs = [bench.run(f"seed_{seed}", seed, config.budget.wall_limit_s) for seed in seeds]
+    if bad := [run for run in runs if run.status != "ok"]:
+        sys.exit(f"{name} trial {trial.number}: {bad[0].status} {bad[0].message}")
+    return [run.val_bpb for run in runs]
 
 
 def report(name: str, trial: Trial, before: list[float], after: list[float]) -> None:
