@@ -14,6 +14,7 @@ from pathlib import Path
 
 from agent import workspace
 from agent.journal import Journal, Trial
+from agent.study import marks_of
 from agent.trial import Bench, Stop
 from agent.warm import Starter
 from nightshift.fixed.config import ROOT
@@ -47,7 +48,7 @@ def fresh_runs(starter, out: Path, name: str, trial: Trial, seeds, threads) -> l
         config = workspace.resolve(tree)
         runtime = config.runtime.model_copy(update={"num_threads": threads})
         bench = Bench(
-            mark=f"remeasure/{name}/{trial.number:03d}",
+            marks=marks_of(out, trial.number),
             study_folder=out,
             folder=folder,
             tree=tree,
