@@ -108,6 +108,15 @@ def test_every_choice_of_every_group_is_valid():
         check(command.compose("config", overrides))
 
 
+@pytest.mark.parametrize(
+    "overrides, kind, amount",
+    [([], "tokens", 150_000), (["preset=d12"], "seconds", 300), (["budget=20s"], "seconds", 20)],
+)
+def test_a_preset_and_a_budget_reach_a_study(overrides, kind, amount):
+    budget = command.compose("study", overrides)["budget"]
+    assert (budget["kind"], budget["amount"]) == (kind, amount)
+
+
 def test_the_schema_and_conf_have_the_same_keys():
     values = command.compose()
     assert set(knobs.flatten(values)) <= set(schema_keys(Config))
