@@ -173,3 +173,17 @@ def test_weights_of_another_model_are_refused(shared):
 
 def test_values_of_the_defaults_are_valid(tmp_path):
     assert values(tmp_path)["tracking"]["enabled"] is False
+
+
+def test_a_run_that_never_began_takes_only_its_own_files_away(tmp_path):
+    """hydra.run.dir may be a folder of the user's."""
+    theirs = tmp_path / "theirs"
+    (theirs / ".hydra").mkdir(parents=True)
+    (theirs / "thesis.txt").write_text("years of work")
+    (theirs / "config.yaml").write_text("seed: 1")
+    pretrain.leave_nothing(theirs)
+    assert [path.name for path in theirs.iterdir()] == ["thesis.txt"]
+    ours = tmp_path / "ours"
+    (ours / ".hydra").mkdir(parents=True)
+    pretrain.leave_nothing(ours)
+    assert not ours.exists()

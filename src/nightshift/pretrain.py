@@ -77,7 +77,7 @@ def job(values: dict[str, Any]) -> int:
                 "Run with tracking=off to do without"
             )
         return tracked_run(values, tracking, folder, overrides)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:  # OSError: no space, no permission
         print(error, file=sys.stderr)
         return 2
 
@@ -102,13 +102,21 @@ def tracked_run(
         ended = "FINISHED" if ok else "KILLED" if training.interrupted else "FAILED"
         return 0 if ok else EXIT_INTERRUPTED if training.interrupted else 1
     except ConfigError as error:
-        if not (folder / CURVE_FILE).exists():  # nothing was trained: leave nothing behind
-            shutil.rmtree(folder, ignore_errors=True)
+        if not (folder / CURVE_FILE).exists():
+            leave_nothing(folder)
         log.tags({"status": "invalid"})
         log.describe(f"Not run: {error}")
         raise
     finally:
         log.close(ended)
+
+
+def leave_nothing(folder: Path) -> None:
+    """Takes away what a run that never began wrote; hydra.run.dir may be a folder of the user's."""
+    (folder / CONFIG_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / ".hydra", ignore_errors=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def continued(config: Config, overrides: list[str]) -> Config:
