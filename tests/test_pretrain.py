@@ -9,6 +9,7 @@ import time
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import config, values
 
@@ -187,3 +188,18 @@ def test_a_run_that_never_began_takes_only_its_own_files_away(tmp_path):
     (ours / ".hydra").mkdir(parents=True)
     pretrain.leave_nothing(ours)
     assert not ours.exists()
+
+
+def test_a_checkpoint_that_cannot_be_saved_leaves_the_old_one(shared, monkeypatch):
+    _, folder, cfg, _ = shared
+    before = checkpoint.weights_sha256(folder / "checkpoint")
+    model, tokenizer, _ = checkpoint.load(folder / "checkpoint")
+
+    def full(*arguments):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="could not be saved.*No space left"):
+        checkpoint.save(folder / "checkpoint", model, cfg, tokenizer)
+    assert checkpoint.weights_sha256(folder / "checkpoint") == before
+    assert not [path for path in folder.iterdir() if path.name.endswith((".tmp", ".old"))]

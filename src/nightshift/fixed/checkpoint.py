@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nightshift.fixed.config import Config, ConfigError, check
@@ -58,6 +59,8 @@ def save(
         if optimizer is not None:
             _save_state(temporary, model, optimizer, clock_state)
         _replace_folder(temporary, folder)
+    except SafetensorError as error:  # how safetensors says that the disk is full
+        raise OSError(f"{folder}: the checkpoint could not be saved. {error}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
