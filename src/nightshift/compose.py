@@ -17,20 +17,6 @@ import yaml
 from nightshift import command
 from nightshift.fixed.config import ROOT, ConfigError, check, flatten
 
-# What the stages of dvc.yaml read. The rest (resume, MLflow, this machine) is not the pipeline's.
-KEYS = (
-    "seed",
-    "corpus",
-    "filter",
-    "tokenizer",
-    "model",
-    "optim",
-    "schedule",
-    "train",
-    "budget",
-    "evaluate",
-)
-REST = ("resume", "parent_run_id", "run_name", "runtime", "tracking")
 HEADER = (
     "# Written by `dvc repro compose` from conf/; change conf/trial/champion.yaml instead. "
     "sha256 {digest}\n"
@@ -38,9 +24,7 @@ HEADER = (
 
 
 def params_text(values: dict[str, Any]) -> str:
-    body = yaml.safe_dump(
-        {key: values[key] for key in KEYS + REST}, sort_keys=False, allow_unicode=True
-    )
+    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return HEADER.format(digest=hashlib.sha256(body.encode()).hexdigest()[:16]) + body
 
 

@@ -313,7 +313,6 @@ class Bar:
 
     def __init__(self, wanted: bool):
         self.rich, self.next_line = None, 0.0
-        self.wanted = wanted
         if wanted and sys.stderr.isatty():
             from rich.progress import BarColumn, Progress, TextColumn
 
