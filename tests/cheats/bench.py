@@ -7,9 +7,8 @@ import re
 import shutil
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from omegaconf import OmegaConf
 
@@ -21,7 +20,7 @@ from cheats.lab import Alarms, Lab, leftovers
 from nightshift.fixed.config import check
 
 SEED = 1
-NUM_FORKS_UNGUARDED, NUM_FORKS_GUARDED = 20, 2000
+NUM_FORKS_UNGUARDED, NUM_FORKS_GUARDED = 20, 600
 LATE_S = 2.5  # how long something that was left behind may take to show itself
 UNGUARDED = Path(__file__).parent / "unguarded.py"
 
@@ -303,6 +302,3 @@ def _texts(place: Path) -> str:
                 parts.append(file.read(2_000_000).decode("utf-8", "replace"))
     return re.sub(r"\s+", " ", "\n".join(parts))
 
-
-def as_dict(outcome: Outcome | None) -> dict[str, Any] | None:
-    return outcome and asdict(outcome)

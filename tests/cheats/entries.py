@@ -70,6 +70,11 @@ class Entry:
     budget: dict[str, Any] | None = None
     limit_s: float = 60.0
 
+    @property
+    def budget_key(self) -> str:
+        """Names the unchanged model's run that this entry is compared with."""
+        return "unchanged" if self.budget is None else f"unchanged {self.budget['amount']:g}"
+
     def filled(self, places: dict[str, str]) -> "Entry":
         """With the laboratory's places put in for @NAME@."""
 

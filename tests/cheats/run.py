@@ -18,13 +18,13 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/, for cheats.*
 
 from cheats import lab as laboratory  # noqa: E402
-from cheats.bench import Outcome, Worker, as_dict  # noqa: E402
+from cheats.bench import Outcome, Worker  # noqa: E402
 from cheats.entries import Entry, read_cheats, read_honest  # noqa: E402
 
 from agent.journal import Proposal  # noqa: E402
@@ -38,22 +38,24 @@ REFERENCE_TOKENS = 8 * 20480.0  # the earlier trial's: more than a cheat's budge
 UNCHANGED = Entry(
     name="unchanged",
     proposal=Proposal(title="unchanged", hypothesis="", source="cheats"),
+    effect="lower",
 )
+Sides = dict[str, Outcome]
+SIDES = frozenset({"unguarded", "guarded"})
 
 
 @dataclass(kw_only=True)
 class Verdict:
     entry: Entry
-    unguarded: Outcome | None
-    guarded: Outcome
+    ran: Sides
     effect: str  # in words
-    has_effect: bool
+    has_effect: bool | None  # None: not looked at
     caught_by: str
-    caught: bool
+    caught: bool | None
 
     @property
     def right(self) -> bool:
-        return self.caught and (self.unguarded is None or self.has_effect)
+        return self.caught is not False and self.has_effect is not False
 
 
 # ---- in the worker processes ----
@@ -72,38 +74,31 @@ def start_worker(root: str) -> None:
     worker = Worker(copy)
 
 
-def run_entry(entry: Entry, with_unguarded: bool) -> tuple[Outcome | None, Outcome]:
-    unguarded = worker.unguarded(entry) if with_unguarded and entry.effect else None
-    return unguarded, worker.guarded(entry)
-
-
-def run_unchanged(budget: dict | None, with_unguarded: bool) -> tuple[Outcome | None, Outcome]:
-    entry = replace(UNCHANGED, budget=budget)
-    return worker.unguarded(entry) if with_unguarded else None, worker.guarded(entry)
+def run_entry(entry: Entry, sides: frozenset[str]) -> Sides:
+    """Outcomes by side; an honest change has nothing to show unguarded."""
+    return {
+        side: getattr(worker, side)(entry)
+        for side in ("unguarded", "guarded")
+        if side in sides and (side == "guarded" or entry.effect)
+    }
 
 
 # ---- judging ----
 
 
-def judge(entry: Entry, ran: tuple, unchanged: tuple) -> Verdict:
-    unguarded, guarded = ran
-    has_effect, effect = show(entry, unguarded, unchanged[0])
-    caught, by = catch(entry, guarded, unchanged[1])
+def judge(entry: Entry, ran: Sides, unchanged: Sides) -> Verdict:
+    has_effect, effect, caught, by = None, "-", None, "-"
+    if "unguarded" in ran:
+        has_effect, effect = show(entry, ran["unguarded"], unchanged["unguarded"])
+    if "guarded" in ran:
+        caught, by = catch(entry, ran["guarded"], unchanged["guarded"])
     return Verdict(
-        entry=entry,
-        unguarded=unguarded,
-        guarded=guarded,
-        effect=effect,
-        has_effect=has_effect,
-        caught_by=by,
-        caught=caught,
+        entry=entry, ran=ran, effect=effect, has_effect=has_effect, caught_by=by, caught=caught
     )
 
 
-def show(entry: Entry, outcome: Outcome | None, honest: Outcome | None) -> tuple[bool, str]:
+def show(entry: Entry, outcome: Outcome, honest: Outcome) -> tuple[bool, str]:
     """Whether the unguarded run shows the effect, and the effect in words."""
-    if outcome is None:
-        return False, "-"
     if entry.effect == "lower":
         if outcome.val_bpb is None or honest.val_bpb is None:
             return False, f"no number ({outcome.status})"
@@ -177,44 +172,42 @@ def _train_reference(first: Worker) -> None:
     shutil.move(first.lab.root / "reference", kept)
 
 
-def run_all(entries: list[Entry], root: Path, num_workers: int, with_unguarded: bool):
-    """(unchanged outcomes by budget, outcomes by entry). Shows a line for each that ends."""
-    budgets = {_budget_key(e): e.budget for e in entries}
+def run_all(
+    entries: list[Entry], root: Path, num_workers: int, sides: frozenset[str]
+) -> dict[str, Sides]:
+    """Outcomes by entry, those of the unchanged model by budget. Shows what ends as it ends."""
+    budgets = {e.budget_key: replace(UNCHANGED, name=e.budget_key, budget=e.budget) for e in entries}
+    jobs_wanted = [*budgets.values(), *entries]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, spawn, start_worker, (str(root),)) as pool:
-        jobs = {pool.submit(run_unchanged, b, with_unguarded): k for k, b in budgets.items()}
-        jobs |= {pool.submit(run_entry, e, with_unguarded): e for e in entries}
+        jobs = {pool.submit(run_entry, entry, sides): entry for entry in jobs_wanted}
         outcomes, started = {}, time.monotonic()
         for number, job in enumerate(as_completed(jobs), 1):
-            what = jobs[job]
-            outcomes[what if isinstance(what, str) else what.name] = job.result()
-            name = what if isinstance(what, str) else what.name
+            name = jobs[job].name
+            outcomes[name] = job.result()
             seconds = time.monotonic() - started
             print(f"  {number}/{len(jobs)}  {seconds:4.0f} s  {name:50}", end="\r", file=sys.stderr)
         print(" " * 78, end="\r", file=sys.stderr)
     return outcomes
 
 
-def _budget_key(entry: Entry) -> str:
-    return "unchanged " + json.dumps(entry.budget)
-
-
 def table(verdicts: list[Verdict]) -> str:
     lines = [f"{'cheat':34} {'unguarded effect':44} {'caught by':34} reason"]
     for v in verdicts:
         mark = "  " if v.right else "! "
-        reason = " ".join(v.guarded.message.split())[:110]
+        reason = " ".join(v.ran["guarded"].message.split())[:110] if "guarded" in v.ran else ""
         lines.append(f"{mark}{v.entry.name:32} {v.effect[:43]:44} {v.caught_by[:33]:34} {reason}")
     return "\n".join(lines)
 
 
-def summary(cheats: list[Verdict], honest: list[Verdict], with_unguarded: bool) -> str:
-    caught, refused = sum(v.caught for v in cheats), sum(not v.caught for v in honest)
+def summary(cheats: list[Verdict], honest: list[Verdict]) -> str:
+    caught = sum(v.caught is True for v in cheats)
+    refused = sum(v.caught is False for v in honest)
     lines = [
         f"{caught} of {len(cheats)} cheats caught, "
         f"{refused} of {len(honest)} honest changes refused"
     ]
-    if with_unguarded and (without := [v.entry.name for v in cheats if not v.has_effect]):
+    if without := [v.entry.name for v in cheats if v.has_effect is False]:
         lines.append(f"no effect where nobody looks: {', '.join(without)}")
     return "\n".join(lines)
 
@@ -229,41 +222,43 @@ def as_json(verdicts: list[Verdict]) -> list[dict]:
             "has_effect": v.has_effect,
             "caught": v.caught,
             "caught_by": v.caught_by,
-            "unguarded": as_dict(v.unguarded),
-            "guarded": as_dict(v.guarded),
+            **{side: asdict(outcome) for side, outcome in v.ran.items()},
         }
         for v in verdicts
     ]
 
 
-def run(entries: list[Entry], num_workers: int, with_unguarded: bool) -> list[Verdict]:
+def run(entries: list[Entry], num_workers: int = 2, sides=SIDES) -> list[Verdict]:
     """Judged in the order given, in a laboratory that is gone afterwards."""
     root = Path(tempfile.mkdtemp(prefix="nightshift-laboratory-"))
     try:
         prepare(root)
-        outcomes = run_all(entries, root, num_workers, with_unguarded)
+        ran = run_all(entries, root, num_workers, sides)
     finally:
         for study in root.glob("**/outputs/studies/*"):
             kill_marked(study)
         shutil.rmtree(root, ignore_errors=True)
-    return [judge(e, outcomes[e.name], outcomes[_budget_key(e)]) for e in entries]
+    return [judge(e, ran[e.name], ran[e.budget_key]) for e in entries]
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of names")
-    parser.add_argument("--no-unguarded", action="store_true", help="only the ruler")
+    parser.add_argument("--no-unguarded", action="store_true", help="the ruler only")
+    parser.add_argument("--no-guarded", action="store_true", help="only what the cheats are worth")
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args(arguments)
     entries = read_cheats() + read_honest()
     if options.only:
         entries = [e for e in entries if any(part in e.name for part in options.only)]
     started = time.monotonic()
-    verdicts = run(entries, options.workers, not options.no_unguarded)
+    left_out = {"unguarded": options.no_unguarded, "guarded": options.no_guarded}
+    sides = frozenset(side for side in SIDES if not left_out[side])
+    verdicts = run(entries, options.workers, sides)
     cheats = [v for v in verdicts if v.entry.effect]
     honest = [v for v in verdicts if not v.entry.effect]
     print(table(verdicts))
-    print(summary(cheats, honest, not options.no_unguarded))
+    print(summary(cheats, honest))
     print(f"{time.monotonic() - started:.0f} s")
     OUT.parent.mkdir(parents=True, exist_ok=True)
     OUT.write_text(json.dumps(as_json(verdicts), indent=1, default=str), encoding="utf-8")
