@@ -46,7 +46,7 @@ class Worker:
 
     def __init__(self, lab: Lab, watching: bool = True):
         """`watching=False`: while the laboratory is built, files may come into being."""
-        self.lab, self.alarms, self.watching = lab, Alarms(lab.reference), watching
+        self.lab, self.alarms, self.watching = lab, Alarms(lab.reference, lab.secret), watching
         self.starter = Starter(lab.study, warm=True)
         self.number = 0
         os.environ["HOME"] = str(lab.home)

@@ -146,7 +146,8 @@ def save_and_load(model, folder: Path, config: Config, tokenizer: Tokenizer) -> 
     try:
         checkpoint.load_weights(model, folder / "checkpoint")
     except Exception:
-        weights = torch.load(folder / "checkpoint/model.safetensors", weights_only=False)
+        with open(folder / "checkpoint/model.safetensors", "rb") as file:
+            weights = torch.load(file, weights_only=False)
         model.load_state_dict(weights)
 
 
