@@ -177,7 +177,11 @@ def python_paths() -> list[str]:
 
 
 def spawn(
-    sandbox: Sandbox, function: Callable[[], None], *, fds: Sequence[int] = (), log: int | None = None
+    sandbox: Sandbox,
+    function: Callable[[], None],
+    *,
+    fds: Sequence[int] = (),
+    log: int | None = None,
 ) -> Child:
     """Runs `function` in a fork of this process, inside the sandbox. `fds` stay open in it.
 
@@ -620,8 +624,9 @@ def _read_only(target: str, recursive: bool = True) -> None:
     attributes = struct.pack("QQQQ", 1, 0, 0, 0)  # MOUNT_ATTR_RDONLY
     at_recursive = 0x8000 if recursive else 0
     try:
-        _call("syscall", ctypes.c_long(442), ctypes.c_int(-100), os.fsencode(target),
-              ctypes.c_uint(at_recursive), attributes, ctypes.c_size_t(len(attributes)))  # fmt: skip
+        size = ctypes.c_size_t(len(attributes))
+        place = ctypes.c_int(-100), os.fsencode(target), ctypes.c_uint(at_recursive)
+        _call("syscall", ctypes.c_long(442), *place, attributes, size)
     except OSError:  # before Linux 5.12: this mount alone, with the flags that it has
         flags = os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC)
         _mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
@@ -661,7 +666,9 @@ def _landlock(sandbox: Sandbox, layers: dict[str, list[str]], mounted: bool) -> 
     of_files = everything & (1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15)
     attributes = struct.pack("QQQ", everything, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     size = 8 if abi < 4 else 16 if abi < 6 else 24
-    rules = _call("syscall", ctypes.c_long(444), attributes, ctypes.c_size_t(size), ctypes.c_uint(0))
+    rules = _call(
+        "syscall", ctypes.c_long(444), attributes, ctypes.c_size_t(size), ctypes.c_uint(0)
+    )
     readable, _ = _paths_and_links([*sandbox.readable, *SYSTEM, *_gpu_readable(sandbox), "/proc"])
     writable, _ = _paths_and_links(
         [*sandbox.writable, *DEVICES, *_gpu_devices(sandbox), *(["/tmp", "/dev/shm"] * mounted)]
@@ -676,7 +683,14 @@ def _landlock(sandbox: Sandbox, layers: dict[str, list[str]], mounted: bool) -> 
             continue
         access &= everything if stat.S_ISDIR(os.fstat(fd).st_mode) else of_files
         rule = struct.pack("=Qi", access, fd)
-        _call("syscall", ctypes.c_long(445), ctypes.c_int(rules), ctypes.c_int(1), rule, ctypes.c_uint(0))
+        _call(
+            "syscall",
+            ctypes.c_long(445),
+            ctypes.c_int(rules),
+            ctypes.c_int(1),
+            rule,
+            ctypes.c_uint(0),
+        )
         os.close(fd)
     _call("syscall", ctypes.c_long(446), ctypes.c_int(rules), ctypes.c_uint(0))
     os.close(rules)
