@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import signal
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +25,8 @@ from agent.view import View, summary
 from agent.warm import MARK, STUDY_MARK, Starter, kill_marked
 from nightshift.fixed.result import CHECKPOINT_FOLDER, write_json
 from nightshift.fixed.tracking import open_store
+
+BASE_FOLDER = "base"  # in the study's folder: a worktree of its first commit, the harness's code
 
 
 @dataclass(kw_only=True)
@@ -114,7 +116,7 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
     """A study that is ready to run, alone, with nothing left of an earlier process."""
     base = workspace.base_commit(repo)
     name, folder = plan.study.name, repo / "outputs/studies" / plan.study.name
-    with lock(folder, name):
+    with lock(folder, name), ExitStack() as bases:
         kill_marked(folder)
         journal = read_journal(folder)
         settings = recall(repo, folder, plan, journal)
@@ -125,6 +127,9 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
         try:
             store = open_store(plan.config.tracking)
             settings = settings or begin(repo, folder, plan, base)
+            bases.enter_context(
+                workspace.worktree(repo, folder / BASE_FOLDER, settings["first_commit"])
+            )
             mirror = Mirror(store, name, folder)
             mirror.open_study(flat_settings(settings), settings["base_commit"])
             view = View(journal, plan.study.trials)

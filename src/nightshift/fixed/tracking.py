@@ -46,6 +46,7 @@ NOT_PARAMS = (  # paths, addresses, ids: the same for all runs, or of no meaning
     "corpus.path",
     "evaluate.sample_prompts",
     "runtime.",
+    "sandbox.",
 )
 VIEW = "nightshift"  # key of the saved view of the runs table
 VIEW_COLUMNS = {  # with their widths in pixels
