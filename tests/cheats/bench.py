@@ -13,13 +13,14 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from agent import workspace
+from agent.journal import Run
 from agent.trial import Bench, Stop
 from agent.warm import MARK, STUDY_MARK, Starter, kill_marked, marked_processes
 from cheats.entries import Entry
 from cheats.lab import Alarms, Lab, leftovers
 from nightshift.fixed.config import check
 
-SEED = 1
+SEED, NUM_PREFLIGHT_STEPS = 1, 2
 NUM_FORKS_UNGUARDED, NUM_FORKS_GUARDED = 20, 600
 LATE_S = 2.5  # how long something that was left behind may take to show itself
 UNGUARDED = Path(__file__).parent / "unguarded.py"
@@ -35,6 +36,7 @@ class Outcome:
     steps: int | None = None
     tokens: int | None = None
     num_params: int | None = None
+    work: float | None = None
     wall_s: float = 0.0
     bytes: int = 0
     proofs: list[str] = field(default_factory=list)  # of the entry's own, that were found
@@ -48,7 +50,11 @@ class Worker:
         """`watching=False`: while the laboratory is built, files may come into being."""
         self.lab, self.alarms, self.watching = lab, Alarms(lab.reference, lab.secret), watching
         self.starter = Starter(lab.study, warm=True)
+        self.base = lab.study / "base"
+        if not self.base.exists():
+            workspace.git(lab.project, "worktree", "add", "--detach", str(self.base), "HEAD")
         self.number = 0
+        self.first_commit = workspace.git(lab.project, "rev-parse", "HEAD")
         os.environ["HOME"] = str(lab.home)
 
     def close(self) -> None:
@@ -111,6 +117,7 @@ class Worker:
             entry = entry.filled(self._places(self.lab.cache, tree, run, NUM_FORKS_GUARDED))
             try:
                 config = workspace.apply(tree, entry.proposal, entry.proposal.title).config
+                code = workspace.code_digests(tree, self.first_commit)
             except workspace.Refused as refusal:
                 return Outcome(status="invalid", message=str(refusal))
             bench = Bench(
@@ -118,6 +125,9 @@ class Worker:
                 study_folder=self.lab.study,
                 folder=trial,
                 tree=tree,
+                base=self.base,
+                code=code,
+                baseline_work=self.lab.baseline_work,
                 config=config,
                 own_cache=own_cache or trial / "cache",
                 shared_cache=self.lab.cache,
@@ -127,14 +137,21 @@ class Worker:
             )
             self._plant(entry, run, tree)
             with self._watched(entry, run, trial) as outcome, _environment(entry, self.lab.secret):
-                changes = {"budget": entry.budget} if entry.budget else {}
-                result = bench.run("seed_1", SEED, entry.limit_s, **changes)
+                result = self._run(bench, entry)
                 outcome.status, outcome.message = result.status, result.message or ""
-                for name in ("val_bpb", "steps", "tokens", "num_params", "wall_s"):
+                for name in ("val_bpb", "steps", "tokens", "num_params", "work", "wall_s"):
                     setattr(outcome, name, getattr(result, name))
                 outcome.bytes = _size(trial, without=tree)
                 self._look_at_the_tree(tree, entry, outcome)
         return outcome
+
+    def _run(self, bench: Bench, entry: Entry) -> Run:
+        """The preflight prepares the data and ends what is plainly broken; then the run itself."""
+        preflight = bench.preflight(SEED, NUM_PREFLIGHT_STEPS, entry.limit_s)
+        if preflight.status != "ok":
+            return preflight
+        changes = {"budget": entry.budget} if entry.budget else {}
+        return bench.run("seed_1", SEED, entry.limit_s, **changes)
 
     def _look_at_the_tree(self, tree: Path, entry: Entry, outcome: Outcome) -> None:
         """Nothing but what was planted may be new in the worktree."""

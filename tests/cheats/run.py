@@ -27,6 +27,7 @@ from cheats import lab as laboratory  # noqa: E402
 from cheats.bench import Outcome, Worker  # noqa: E402
 from cheats.entries import Entry, read_cheats, read_honest  # noqa: E402
 
+from agent import workspace  # noqa: E402
 from agent.journal import Proposal  # noqa: E402
 from agent.warm import kill_marked  # noqa: E402
 from nightshift.fixed.config import ROOT  # noqa: E402
@@ -156,10 +157,12 @@ def prepare(root: Path) -> None:
         guarded = first.guarded(replace(UNCHANGED, limit_s=300.0), own_cache=lab.cache)
         if guarded.status != "ok":
             raise RuntimeError(f"the unchanged model is not ok: {guarded.message}")
+        (root / "baseline_work").write_text(str(guarded.work))
         _train_reference(first)
     finally:
         first.close()
         os.environ["HOME"] = home or "/"
+        workspace.remove_worktree(lab.project, first.base)
     laboratory.set_up_for_theft(lab)
 
 
