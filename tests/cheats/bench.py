@@ -146,10 +146,11 @@ class Worker:
         return outcome
 
     def _run(self, bench: Bench, entry: Entry) -> Run:
-        """The preflight prepares the data and ends what is plainly broken; then the run itself."""
-        preflight = bench.preflight(SEED, NUM_PREFLIGHT_STEPS, entry.limit_s)
-        if preflight.status != "ok":
-            return preflight
+        """Preflights make the data; without other data to make they only cost time here."""
+        if entry.makes_data or self.lab.baseline_work is None:
+            preflight = bench.preflight(SEED, NUM_PREFLIGHT_STEPS, entry.limit_s)
+            if preflight.status != "ok":
+                return preflight
         changes = {"budget": entry.budget} if entry.budget else {}
         return bench.run("seed_1", SEED, entry.limit_s, **changes)
 

@@ -75,6 +75,13 @@ class Entry:
         """Names the unchanged model's run that this entry is compared with."""
         return "unchanged" if self.budget is None else f"unchanged {self.budget['amount']:g}"
 
+    @property
+    def makes_data(self) -> bool:
+        """Whether its tokens are not those of the unchanged code."""
+        edited = any("filter" in e.path or "tokenizer" in e.path for e in self.proposal.edits)
+        keys = self.proposal.overrides
+        return edited or any(key.startswith(("filter.", "tokenizer.")) for key in keys)
+
     def filled(self, places: dict[str, str]) -> "Entry":
         """With the laboratory's places put in for @NAME@."""
 

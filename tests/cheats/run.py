@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     entries = read_cheats() + read_honest()
     if options.only:
-        entries = [e for e in entries if any(part in e.name for part in options.only)]
+        entries = [e for e in entries if any(f"_{part}" in f"_{e.name}" for part in options.only)]
     started = time.monotonic()
     left_out = {"unguarded": options.no_unguarded, "guarded": options.no_guarded}
     sides = frozenset(side for side in SIDES if not left_out[side])
