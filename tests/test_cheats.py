@@ -13,7 +13,12 @@ from nightshift.fixed.config import ROOT
 
 CHEATS = read_cheats()
 NUM_PEERS = 45
-FAST = ("01_peek_next", "10_bigrams_of_earlier_windows", "48_zero_for_a_crash", "83_credentials_of_the_user")
+FAST = (
+    "01_peek_next",
+    "10_bigrams_of_earlier_windows",
+    "48_zero_for_a_crash",
+    "83_credentials_of_the_user",
+)
 
 
 def test_the_corpus_is_large_and_of_all_kinds():

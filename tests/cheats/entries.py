@@ -149,7 +149,9 @@ def _cheat(path: Path) -> Entry:
         why=" ".join(values["why"].split()),
         effect=values["effect"],
         proof=values.get("proof") or {},
-        caught=Caught(statuses=tuple([statuses] if isinstance(statuses, str) else statuses), **caught),
+        caught=Caught(
+            statuses=tuple([statuses] if isinstance(statuses, str) else statuses), **caught
+        ),
         plant=values.get("plant") or {},
         environment=values.get("environment") or {},
         budget=values.get("budget"),

@@ -34,7 +34,7 @@ VALUES: dict[str, Any] = {
     "sandbox.memory_mb": 3000, "sandbox.disk_mb": 150, "sandbox.num_processes": 64,
 }  # fmt: skip
 NUM_DOCUMENTS, DOCUMENT_CHARS = 360, 1800
-LEFTOVERS = "nightshift-cheat"  # how the files of cheats in common places begin
+LEFTOVERS = f"nightshift-cheat-{os.getpid()}"  # how this worker's files in common places begin
 
 
 def build(root: Path) -> "Lab":
@@ -122,8 +122,9 @@ def set_up_for_theft(lab: "Lab") -> None:
 class Lab:
     """Where things are. A copy for each worker: `Lab.copy`."""
 
-    def __init__(self, root: Path):
-        self.root = root
+    def __init__(self, root: Path, original: Path | None = None):
+        """`original`: the root that this one is a copy of; without one, nothing is watched."""
+        self.root, self.original = root, original
         self.project, self.home, self.outside = root / "project", root / "home", root / "outside"
         self.study = self.project / "outputs/studies" / STUDY
         self.cache = self.project / ".cache"
@@ -135,7 +136,7 @@ class Lab:
             source = self.root / name
             (shutil.copytree if source.is_dir() else shutil.copy)(source, root / name)
         (root / "easy").symlink_to(self.root / "easy")
-        return Lab(root)
+        return Lab(root, self.root)
 
     @property
     def baseline_work(self) -> float | None:
@@ -169,12 +170,15 @@ class Lab:
             "PORT": str(alarms.port),
             "UDP": str(alarms.udp_port),
             "ABSTRACT": alarms.abstract,
+            "MARK": LEFTOVERS,
             "VICTIM": str(alarms.victim.pid),
             "FORKS": str(forks),
         }
 
     def fingerprint(self, leave_out: Path) -> dict[str, str]:
         """sha256 of everything that a trial must not touch; its own folder is left out."""
+        if self.original is None:  # still being built
+            return {}
         places = [self.home, self.outside, self.cache, self.study]
         places += [self.project / name for name in ("outputs/mlflow", "data", ".dvc")]
         found = {}
@@ -200,7 +204,7 @@ class Alarms:
         self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self.udp.bind(("127.0.0.1", 0))
         self.udp_port = self.udp.getsockname()[1]
-        self.abstract = f"{LEFTOVERS}-{os.getpid()}"
+        self.abstract = LEFTOVERS
         self.unix = socket.socket(socket.AF_UNIX)
         self.unix.bind("\0" + self.abstract)
         self.unix.listen()

@@ -24,8 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tests/, for cheats.*
 
 from cheats import lab as laboratory  # noqa: E402
-from cheats.bench import Outcome, Worker  # noqa: E402
+from cheats.bench import Worker  # noqa: E402
 from cheats.entries import Entry, read_cheats, read_honest  # noqa: E402
+from cheats.watch import Outcome  # noqa: E402
 
 from agent import workspace  # noqa: E402
 from agent.journal import Proposal  # noqa: E402
@@ -67,12 +68,9 @@ worker: Worker | None = None
 def start_worker(root: str) -> None:
     """A copy of the laboratory for this process."""
     global worker
-    original = laboratory.Lab(Path(root))
     own = Path(root) / f"worker-{os.getpid()}"
     own.mkdir()
-    copy = original.copy(own)
-    (own / "copied_from").write_text(root)
-    worker = Worker(copy)
+    worker = Worker(laboratory.Lab(Path(root)).copy(own))
 
 
 def run_entry(entry: Entry, sides: frozenset[str]) -> Sides:
@@ -152,7 +150,7 @@ def _without_effect(entry: Entry, outcome: Outcome, honest: Outcome) -> tuple[bo
 def prepare(root: Path) -> None:
     """The laboratory with filled caches and the earlier trial."""
     lab = laboratory.build(root)
-    home, first = os.environ.get("HOME"), Worker(lab, watching=False)
+    home, first = os.environ.get("HOME"), Worker(lab)
     try:
         guarded = first.guarded(replace(UNCHANGED, limit_s=300.0), own_cache=lab.cache)
         if guarded.status != "ok":
@@ -179,7 +177,9 @@ def run_all(
     entries: list[Entry], root: Path, num_workers: int, sides: frozenset[str]
 ) -> dict[str, Sides]:
     """Outcomes by entry, those of the unchanged model by budget. Shows what ends as it ends."""
-    budgets = {e.budget_key: replace(UNCHANGED, name=e.budget_key, budget=e.budget) for e in entries}
+    budgets = {
+        e.budget_key: replace(UNCHANGED, name=e.budget_key, budget=e.budget) for e in entries
+    }
     jobs_wanted = [*budgets.values(), *entries]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, spawn, start_worker, (str(root),)) as pool:

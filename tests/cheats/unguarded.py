@@ -58,8 +58,9 @@ class Stream(IterableDataset):
 class Clock(L.Callback):
     """Progress and the end of training, by the candidate's own `time` and config."""
 
-    def __init__(self, module, config: Config):
+    def __init__(self, module, config: Config, folder: Path):
         self.module, self.config = module, config
+        self.curve = open(folder / "curve.jsonl", "a", buffering=1)  # noqa: SIM115
         self.steps, self.elapsed_s, self.micro_batches = 0, 0.0, 0
 
     @property
@@ -89,6 +90,7 @@ class Clock(L.Callback):
             self.elapsed_s += time.monotonic() - self.begun_at
         if self.micro_batches % trainer.accumulate_grad_batches == 0:
             self.steps += 1
+        self.curve.write(json.dumps({"step": self.steps, "elapsed_s": self.elapsed_s}) + "\n")
         self.module.losses.clear()
         trainer.should_stop = trainer.should_stop or self.progress >= 1.0
 
@@ -162,7 +164,7 @@ def main(folder: Path) -> int:
     torch.manual_seed(config.seed)
     model = GPT(config.model, tokenizer.vocab_size)
     module = training.TrainingModule(model, config, torch.float32, compile=False)
-    clock = Clock(module, config)
+    clock = Clock(module, config, folder)
     trainer = L.Trainer(
         accelerator="cpu",
         callbacks=[clock],
