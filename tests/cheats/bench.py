@@ -120,7 +120,15 @@ class Worker:
             with watched as outcome, _environment(entry, self.lab.secret):
                 result = self._run(bench, entry)
                 outcome.status, outcome.message = result.status, result.message or ""
-                for name in ("val_bpb", "steps", "tokens", "num_params", "work", "wall_s"):
+                for name in (
+                    "val_bpb",
+                    "steps",
+                    "tokens",
+                    "num_params",
+                    "work",
+                    "train_s",
+                    "wall_s",
+                ):
                     setattr(outcome, name, getattr(result, name))
                 outcome.bytes = size(trial, without=tree)
                 self._look_at_the_tree(tree, entry, outcome)
@@ -132,7 +140,7 @@ class Worker:
             preflight = bench.preflight(SEED, NUM_PREFLIGHT_STEPS, entry.limit_s)
             if preflight.status != "ok":
                 return preflight
-        changes = {"budget": entry.budget} if entry.budget else {}
+        changes = {"budget": entry.budget or {}, "evaluate": {"limit_s": entry.limit_s}}
         return bench.run("seed_1", SEED, entry.limit_s, **changes)
 
     def _look_at_the_tree(self, tree: Path, entry: Entry, outcome: Outcome) -> None:

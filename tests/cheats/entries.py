@@ -11,7 +11,7 @@
     plant: {run/result.json: "..."}        files that lie there before; roots: run, home, tree
     environment: {NAME: value}
     budget: {kind: seconds, amount: 2.0}   instead of the laboratory's
-    limit_s: 8                             wall limit of training
+    limit_s: 8                             wall limit of training and of scoring, each
 
 `@NAME@` in any text stands for a place or a secret of the laboratory (lab.py).
 """

@@ -29,6 +29,7 @@ class Outcome:
     tokens: int | None = None
     num_params: int | None = None
     work: float | None = None
+    train_s: float | None = None
     wall_s: float = 0.0
     bytes: int = 0
     proofs: list[str] = field(default_factory=list)  # of the entry's own, that were found
