@@ -10,6 +10,7 @@ Not covered: attacks that nobody thought of; `make cheats` tries many more on th
 import ctypes
 import json
 import os
+import pwd
 import shutil
 import socket
 import sys
@@ -104,7 +105,7 @@ def _end(child: Child) -> Report:
 
 
 def _attacks(ground: Ground) -> list[tuple[str, str, Callable[[], object]]]:
-    parent, home = os.getpid(), os.path.expanduser("~")
+    parent, home = os.getpid(), pwd.getpwuid(os.getuid()).pw_dir
 
     def connect():
         socket.create_connection(("127.0.0.1", ground.port), timeout=2)

@@ -215,11 +215,12 @@ def _supervise(sandbox, function, fds, log, pipe, control, caller) -> None:
     _close_others(keep)
     peak = 0.0
     killed = None
+    inherited_kb = _memory_kb(supervisor)  # pages that each fork shares until it writes to them
     while True:
         ended, status, usage = os.wait4(init, os.WNOHANG)
         if ended:
             break
-        memory, count = _tree_use(init)
+        memory, count = _tree_use(init, inherited_kb)
         peak = max(peak, memory)
         killed = _limit_passed(sandbox, memory, count)
         asked = bool(select.select([control], [], [], 0)[0])
@@ -235,7 +236,7 @@ def _supervise(sandbox, function, fds, log, pipe, control, caller) -> None:
         killed=killed,
         wall_s=round(time.monotonic() - started, 3),
         cpu_s=round(usage.ru_utime + usage.ru_stime, 3),
-        peak_memory_mb=round(max(peak, usage.ru_maxrss / 1024), 1),
+        peak_memory_mb=round(peak or usage.ru_maxrss / 1024, 1),
     )
     _tell(pipe, vars(report))
     os._exit(0)
@@ -285,21 +286,24 @@ def _folder_use(folder: str, limit_mb: float) -> tuple[float, int]:
     return size / MB, files
 
 
-def _tree_use(root: int) -> tuple[float, int]:
+def _tree_use(root: int, inherited_kb: int) -> tuple[float, int]:
     """(resident anonymous and shared memory in MB, processes) of a process and its descendants."""
     memory_kb, count, waiting = 0, 0, [root]
     while waiting and count < 5000:
         pid = waiting.pop()
         count += 1
         waiting += _children(pid)
-        try:
-            with open(f"/proc/{pid}/status", "rb") as file:
-                for line in file:
-                    if line.startswith((b"RssAnon:", b"RssShmem:")):
-                        memory_kb += int(line.split()[1])
-        except OSError:
-            continue
+        memory_kb += max(0, _memory_kb(pid) - inherited_kb)
     return memory_kb / 1024, count
+
+
+def _memory_kb(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            lines = [line for line in file if line.startswith((b"RssAnon:", b"RssShmem:"))]
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines)
 
 
 def _children(pid: int) -> list[int]:
