@@ -118,6 +118,12 @@ def test_a_constant_on_all_logits_changes_nothing(windows):
     assert shifted == pytest.approx(bpb(honest(windows), windows), abs=1e-5)
 
 
+def test_logits_so_large_that_sums_round_to_them_win_nothing(windows):
+    assert bpb(lambda ids: uniform(ids) + 1e30, windows) == bpb(uniform, windows)
+    huge = bpb(lambda ids: honest(windows)(ids) + 2.0**25, windows)
+    assert huge >= bpb(honest(windows), windows) - 1e-6
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf")])
 def test_logits_that_are_not_finite_are_no_number(windows, poison):
     def broken(ids):
