@@ -17,6 +17,7 @@ GROUPS = {
     "budget": "smoke",
     "evaluate": "val_bpb",
     "runtime": "default",
+    "sandbox": "default",
     "tracking": "off",
 }
 

@@ -18,6 +18,7 @@ COMMANDS = {
         "train one model; -m sweeps: -m optim.matrix_lr=0.01,0.02,0.04",
     ),
     "evaluate": ("nightshift.fixed.evaluate", "score a run again: run=outputs/pretrain/<run>"),
+    "doctor": ("nightshift.fixed.doctor", "which protections hold on this machine, by attack"),
     "ui": ("nightshift.ui", "open the MLflow UI on the right store"),
 }
 

@@ -246,6 +246,7 @@ def quiet_lightning() -> None:
 def samples(model, tokenizer, config: Config) -> list[dict[str, str]]:
     from nightshift.generate import complete
 
+    model.eval()
     e = config.evaluate
     return (
         [

@@ -25,36 +25,25 @@ layer is missing (macOS, old kernels, forbidden namespaces) the rest still holds
 says what does not. Standard library only.
 """
 
-import ctypes
 import json
 import os
-import platform
 import resource
 import select
 import signal
-import stat
-import struct
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from nightshift.fixed import layers as doors
+from nightshift.fixed.layers import die_with, prctl
 
 PROTECTIONS = ("files", "network", "processes", "privileges", "limits")
 WATCH_S = 0.2
 MB = 1 << 20
-TMP_MB = 64
-SHM_MB = 256
 MAX_FILES = 10_000  # in the writable folder
 
-# What Python, torch and a compiler need of the system; what is not there is left out.
-SYSTEM = (
-    "/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/ld.so.conf",
-    "/etc/ld.so.conf.d", "/etc/alternatives", "/etc/localtime", "/etc/passwd", "/etc/group",
-    "/etc/nsswitch.conf", "/sys/devices/system/cpu", "/sys/devices/system/node",
-)  # fmt: skip
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 # Of the environment; everything else (keys, tokens, PYTHON*, LD_PRELOAD) stays outside.
 ENVIRONMENT = (
     "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
@@ -215,9 +204,9 @@ def _supervise(sandbox, function, fds, log, pipe, control, caller) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the loop
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     layers: dict[str, list[str]] = {name: [] for name in PROTECTIONS}
-    _own_namespaces(layers)
-    _die_with(caller)
-    _prctl(PR_SET_CHILD_SUBREAPER, 1)
+    doors.own_namespaces(layers)
+    die_with(caller)
+    prctl(doors.PR_SET_CHILD_SUBREAPER, 1)
     supervisor = os.getpid()
     init = os.fork()
     if init == 0:
@@ -226,11 +215,12 @@ def _supervise(sandbox, function, fds, log, pipe, control, caller) -> None:
     _close_others(keep)
     peak = 0.0
     killed = None
+    inherited_kb = _memory_kb(supervisor)  # pages that each fork shares until it writes to them
     while True:
         ended, status, usage = os.wait4(init, os.WNOHANG)
         if ended:
             break
-        memory, count = _tree_use(init)
+        memory, count = _tree_use(init, inherited_kb)
         peak = max(peak, memory)
         killed = _limit_passed(sandbox, memory, count)
         asked = bool(select.select([control], [], [], 0)[0])
@@ -246,7 +236,7 @@ def _supervise(sandbox, function, fds, log, pipe, control, caller) -> None:
         killed=killed,
         wall_s=round(time.monotonic() - started, 3),
         cpu_s=round(usage.ru_utime + usage.ru_stime, 3),
-        peak_memory_mb=round(max(peak, usage.ru_maxrss / 1024), 1),
+        peak_memory_mb=round(peak or usage.ru_maxrss / 1024, 1),
     )
     _tell(pipe, vars(report))
     os._exit(0)
@@ -296,21 +286,24 @@ def _folder_use(folder: str, limit_mb: float) -> tuple[float, int]:
     return size / MB, files
 
 
-def _tree_use(root: int) -> tuple[float, int]:
+def _tree_use(root: int, inherited_kb: int) -> tuple[float, int]:
     """(resident anonymous and shared memory in MB, processes) of a process and its descendants."""
     memory_kb, count, waiting = 0, 0, [root]
     while waiting and count < 5000:
         pid = waiting.pop()
         count += 1
         waiting += _children(pid)
-        try:
-            with open(f"/proc/{pid}/status", "rb") as file:
-                for line in file:
-                    if line.startswith((b"RssAnon:", b"RssShmem:")):
-                        memory_kb += int(line.split()[1])
-        except OSError:
-            continue
+        memory_kb += max(0, _memory_kb(pid) - inherited_kb)
     return memory_kb / 1024, count
+
+
+def _memory_kb(pid: int) -> int:
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            lines = [line for line in file if line.startswith((b"RssAnon:", b"RssShmem:"))]
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines)
 
 
 def _children(pid: int) -> list[int]:
@@ -378,21 +371,21 @@ def _tell(pipe: int, values: dict) -> None:
 def _init(sandbox, function, fds, log, pipe, layers, supervisor) -> None:
     code = 1
     try:
-        _die_with(supervisor)
+        die_with(supervisor)
         os.setsid()
-        mounted = _private_mounts(sandbox, layers)
+        mounted = doors.private_mounts(sandbox, layers)
         _standard_streams(log)
         _rlimits(sandbox)
         layers["limits"] = ["rlimits", "watch"]
-        _prctl(PR_SET_NO_NEW_PRIVS, 1)
-        _landlock(sandbox, layers, mounted)
-        _drop_capabilities(layers)
-        _seccomp(layers)
+        prctl(doors.PR_SET_NO_NEW_PRIVS, 1)
+        doors.landlock(sandbox, layers, mounted)
+        doors.drop_capabilities(layers)
+        doors.seccomp(layers)
         _tell(pipe, {"layers": layers})
         worker = os.fork()
         if worker == 0:
             _work(function, fds, os.getppid())
-        _prctl(PR_SET_DUMPABLE, 0)  # the worker cannot look into this process
+        prctl(doors.PR_SET_DUMPABLE, 0)  # the worker cannot look into this process
         _close_others({0, 1, 2})
         code = _reap(worker)
     except BaseException:
@@ -404,7 +397,7 @@ def _init(sandbox, function, fds, log, pipe, layers, supervisor) -> None:
 def _work(function, fds, init: int) -> None:
     code = 1
     try:
-        _die_with(init)
+        die_with(init)
         _close_others({0, 1, 2, *fds})
         signal.signal(signal.SIGINT, signal.default_int_handler)
         function()
@@ -436,8 +429,8 @@ def _standard_streams(log: int | None) -> None:
     if log is not None:
         os.dup2(log, 1)
         os.dup2(log, 2)
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
-    sys.stderr.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    text = {"encoding": "utf-8", "errors": "replace", "buffering": 1, "closefd": False}
+    sys.stdout, sys.stderr = open(1, "w", **text), open(2, "w", **text)
 
 
 def _close_others(keep: set[int]) -> None:
@@ -463,353 +456,3 @@ def _rlimits(sandbox: Sandbox) -> None:
         with open("/proc/self/statm", "rb") as file:
             used = int(file.read().split()[0]) * resource.getpagesize()
         limit(resource.RLIMIT_AS, used + 2 * sandbox.memory_mb * MB)
-
-
-# ---- the layers ----
-
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP = 1, 4, 22
-PR_CAPBSET_DROP, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_CAP_AMBIENT = 24, 36, 38, 47
-CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
-CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
-MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 32, 4096, 16384, 1 << 18
-MNT_DETACH = 2
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.restype = ctypes.c_long
-
-
-def _call(name: str, *args) -> int:
-    """A function of the C library. Raises OSError."""
-    result = getattr(_libc, name)(*args)
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
-    return result
-
-
-def _prctl(option: int, *values: int) -> int:
-    padded = [*values, 0, 0, 0, 0][:4]
-    return _libc.prctl(option, *(ctypes.c_ulong(v) for v in padded))
-
-
-def _die_with(parent: int) -> None:
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() not in (parent, 0):  # 0: the parent is outside our pid namespace
-        os._exit(1)
-
-
-def _own_namespaces(layers: dict[str, list[str]]) -> None:
-    """In the supervisor: user and pid namespace; the init makes the rest."""
-    if sys.platform != "linux":
-        return
-    uid, gid = os.getuid(), os.getgid()
-    try:
-        _call("unshare", CLONE_NEWUSER | CLONE_NEWPID)
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"{uid} {uid} 1")
-        Path("/proc/self/gid_map").write_text(f"{gid} {gid} 1")
-    except OSError:
-        try:
-            _call("unshare", CLONE_NEWPID)  # root without user namespaces
-        except OSError:
-            layers["processes"].append("subreaper")
-            return
-    layers["processes"].append("namespace")
-
-
-def _private_mounts(sandbox: Sandbox, layers: dict[str, list[str]]) -> bool:
-    """Network, IPC, host name and the view of the file system. Whether the view is in place."""
-    if sys.platform != "linux":
-        return False
-    try:
-        _call("unshare", CLONE_NEWNET | CLONE_NEWIPC | CLONE_NEWUTS)
-        layers["network"].append("namespace")
-    except OSError:
-        pass
-    try:
-        _call("unshare", CLONE_NEWNS)
-        _mount("none", "/", None, MS_REC | MS_PRIVATE)
-    except OSError:
-        return False
-    try:
-        _build_view(sandbox, bool(layers["processes"] == ["namespace"]))
-    except OSError as error:
-        print(f"sandbox: no private mounts ({error})", file=sys.stderr)
-        return False
-    layers["files"].append("mounts")
-    return True
-
-
-def _mount(source, target, kind, flags, data=None) -> None:
-    encoded = [None if v is None else os.fsencode(v) for v in (source, target, kind, data)]
-    _call("mount", encoded[0], encoded[1], encoded[2], ctypes.c_ulong(flags), encoded[3])
-
-
-def _paths_and_links(wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Real paths of what exists, and the symbolic links on the way: link -> its text."""
-    paths: list[str] = []
-    links: dict[str, str] = {}
-
-    def walk(path: str, depth: int = 0) -> None:
-        current = "/"
-        parts = [part for part in path.split("/") if part]
-        for index, part in enumerate(parts):
-            current = os.path.join(current, part)
-            if os.path.islink(current) and depth < 40:
-                links[current] = os.readlink(current)
-                target = os.path.normpath(os.path.join(os.path.dirname(current), links[current]))
-                walk(os.path.join(target, *parts[index + 1 :]), depth + 1)
-                return
-        if os.path.lexists(current) and current not in paths:
-            paths.append(current)
-
-    for path in wanted:
-        walk(os.path.normpath(path))
-    return paths, links
-
-
-def _is_below(path: str, folder: str) -> bool:
-    return path == folder or path.startswith(folder.rstrip("/") + "/")
-
-
-def _build_view(sandbox: Sandbox, own_pids: bool) -> None:
-    """A tmpfs as root with the allowed paths bound into it, entered with pivot_root."""
-    devices = [*DEVICES, *_gpu_devices(sandbox)]
-    readable, links = _paths_and_links([*sandbox.readable, *SYSTEM, *_gpu_readable(sandbox)])
-    writable, more_links = _paths_and_links([*sandbox.writable, *devices])
-    links |= more_links
-    readable = [p for p in readable if not any(_is_below(p, q) for q in readable if q != p)]
-    plan = [(p, MS_RDONLY) for p in readable] + [(p, 0) for p in writable]
-    # Held open, for the tmpfs below may cover them; each is bound through its descriptor.
-    sources = [(os.open(path, os.O_PATH), path, flags) for path, flags in sorted(plan)]
-    kinds = {path: os.path.isdir(path) for path, _ in plan}
-    hidden = [(os.path.realpath(p), os.path.isdir(p)) for p in sandbox.hidden if os.path.exists(p)]
-    root = next(p for p in ("/tmp", "/var/tmp", "/mnt", "/run") if os.path.isdir(p))
-    _mount("tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,mode=755")
-    for name in ("proc", "tmp", "dev/shm"):
-        os.makedirs(f"{root}/{name}", exist_ok=True)
-    _mount("tmpfs", f"{root}/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={TMP_MB}m,mode=1777")
-    _mount("tmpfs", f"{root}/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, f"size={SHM_MB}m,mode=1777")
-    for fd, path, flags in sources:
-        target = root + path
-        if not os.path.lexists(target):
-            if kinds[path]:
-                os.makedirs(target, exist_ok=True)
-            else:
-                os.makedirs(os.path.dirname(target), exist_ok=True)
-                os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o600))
-        _mount(f"/proc/self/fd/{fd}", target, None, MS_BIND | MS_REC)
-        if flags:
-            _read_only(target)
-        os.close(fd)
-    for link, text in links.items():
-        if not os.path.lexists(root + link):
-            os.makedirs(os.path.dirname(root + link), exist_ok=True)
-            os.symlink(text, root + link)
-    for path, is_folder in hidden:
-        if os.path.lexists(root + path):
-            if is_folder:
-                _mount("tmpfs", root + path, "tmpfs", MS_RDONLY, "size=4k,mode=000")
-            else:
-                _mount("/dev/null", root + path, None, MS_BIND)
-    _mount_proc(f"{root}/proc", own_pids)
-    _read_only(root, recursive=False)
-    os.chdir(root)
-    _call("syscall", ctypes.c_long(_NUMBERS["pivot_root"]), b".", b".")
-    _call("umount2", b".", MNT_DETACH)
-    os.chdir("/")
-
-
-def _read_only(target: str, recursive: bool = True) -> None:
-    attributes = struct.pack("QQQQ", 1, 0, 0, 0)  # MOUNT_ATTR_RDONLY
-    at_recursive = 0x8000 if recursive else 0
-    try:
-        size = ctypes.c_size_t(len(attributes))
-        place = ctypes.c_int(-100), os.fsencode(target), ctypes.c_uint(at_recursive)
-        _call("syscall", ctypes.c_long(442), *place, attributes, size)
-    except OSError:  # before Linux 5.12: this mount alone, with the flags that it has
-        flags = os.statvfs(target).f_flag & (MS_NOSUID | MS_NODEV | MS_NOEXEC)
-        _mount(None, target, None, MS_REMOUNT | MS_BIND | MS_RDONLY | flags)
-
-
-def _mount_proc(target: str, own_pids: bool) -> None:
-    """A /proc of this namespace; in some containers the kernel refuses that, then the host's."""
-    try:
-        if not own_pids:
-            raise OSError("no pid namespace")
-        _mount("proc", target, "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC)
-    except OSError:
-        _mount("/proc", target, None, MS_BIND | MS_REC)
-
-
-def _gpu_devices(sandbox: Sandbox) -> list[str]:
-    if not sandbox.gpu:
-        return []
-    names = [name for name in os.listdir("/dev") if name.startswith("nvidia")]
-    return [f"/dev/{name}" for name in names]
-
-
-def _gpu_readable(sandbox: Sandbox) -> list[str]:
-    return ["/sys", "/opt/cuda", "/etc/OpenCL", "/etc/vulkan"] if sandbox.gpu else []
-
-
-def _landlock(sandbox: Sandbox, layers: dict[str, list[str]], mounted: bool) -> None:
-    """Linux Landlock: the list of paths once more, and no TCP."""
-    if sys.platform != "linux":
-        return
-    abi = _libc.syscall(444, None, ctypes.c_size_t(0), ctypes.c_uint(1))
-    if abi < 1:
-        return
-    rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)
-    everything = (1 << rights) - 1
-    reading = 1 << 0 | 1 << 2 | 1 << 3  # execute, read file, read folder
-    of_files = everything & (1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15)
-    attributes = struct.pack("QQQ", everything, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
-    size = 8 if abi < 4 else 16 if abi < 6 else 24
-    rules = _call(
-        "syscall", ctypes.c_long(444), attributes, ctypes.c_size_t(size), ctypes.c_uint(0)
-    )
-    readable, _ = _paths_and_links([*sandbox.readable, *SYSTEM, *_gpu_readable(sandbox), "/proc"])
-    writable, _ = _paths_and_links(
-        [*sandbox.writable, *DEVICES, *_gpu_devices(sandbox), *(["/tmp", "/dev/shm"] * mounted)]
-    )
-    hidden = [os.path.realpath(path) for path in sandbox.hidden]
-    allowed = [rule for path in readable for rule in _without(path, hidden, reading)]
-    allowed += [(p, everything) for p in writable]
-    for path, access in allowed:
-        try:
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except OSError:
-            continue
-        access &= everything if stat.S_ISDIR(os.fstat(fd).st_mode) else of_files
-        rule = struct.pack("=Qi", access, fd)
-        _call(
-            "syscall",
-            ctypes.c_long(445),
-            ctypes.c_int(rules),
-            ctypes.c_int(1),
-            rule,
-            ctypes.c_uint(0),
-        )
-        os.close(fd)
-    _call("syscall", ctypes.c_long(446), ctypes.c_int(rules), ctypes.c_uint(0))
-    os.close(rules)
-    layers["files"].append("landlock")
-    if abi >= 4:
-        layers["network"].append("landlock")
-
-
-def _without(path: str, hidden: Sequence[str], access: int) -> Iterator[tuple[str, int]]:
-    """The path; or, where something hidden lies below it, its entries without that.
-
-    Folders on the way to something hidden may be listed (imports need that), names below it too.
-    """
-    if path in hidden:
-        return
-    if any(_is_below(h, path) for h in hidden) and os.path.isdir(path):
-        yield path, 1 << 3  # read folder
-        for entry in os.scandir(path):
-            yield from _without(entry.path, hidden, access)
-    else:
-        yield path, access
-
-
-def _drop_capabilities(layers: dict[str, list[str]]) -> None:
-    if sys.platform != "linux":
-        return
-    for capability in range(64):
-        _prctl(PR_CAPBSET_DROP, capability)
-    _prctl(PR_CAP_AMBIENT, 4)  # clear all
-    header = struct.pack("Ii", 0x20080522, 0)
-    if _libc.capset(header, struct.pack("IIIIII", 0, 0, 0, 0, 0, 0)) == 0:
-        layers["privileges"].append("capabilities")
-
-
-_X86_64 = {
-    "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312, "add_key": 248,
-    "request_key": 249, "keyctl": 250, "bpf": 321, "perf_event_open": 298, "userfaultfd": 323,
-    "mount": 165, "umount2": 166, "pivot_root": 155, "chroot": 161, "setns": 308, "unshare": 272,
-    "kexec_load": 246, "kexec_file_load": 320, "init_module": 175, "finit_module": 313,
-    "delete_module": 176, "open_by_handle_at": 304, "name_to_handle_at": 303, "quotactl": 179,
-    "swapon": 167, "swapoff": 168, "reboot": 169, "acct": 163, "settimeofday": 164,
-    "clock_settime": 227, "clock_adjtime": 305, "adjtimex": 159, "sethostname": 170,
-    "setdomainname": 171, "syslog": 103, "iopl": 172, "ioperm": 173,
-    "clone": 56, "socket": 41, "ioctl": 16,
-}  # fmt: skip
-_AARCH64 = {
-    "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271, "kcmp": 272, "add_key": 217,
-    "request_key": 218, "keyctl": 219, "bpf": 280, "perf_event_open": 241, "userfaultfd": 282,
-    "mount": 40, "umount2": 39, "pivot_root": 41, "chroot": 51, "setns": 268, "unshare": 97,
-    "kexec_load": 104, "kexec_file_load": 294, "init_module": 105, "finit_module": 273,
-    "delete_module": 106, "open_by_handle_at": 265, "name_to_handle_at": 264, "quotactl": 60,
-    "swapon": 224, "swapoff": 225, "reboot": 142, "acct": 89, "settimeofday": 170,
-    "clock_settime": 112, "clock_adjtime": 266, "adjtimex": 171, "sethostname": 161,
-    "setdomainname": 162, "syslog": 116,
-    "clone": 220, "socket": 198, "ioctl": 29,
-}  # fmt: skip
-_SHARED = {  # the same number everywhere
-    "io_uring_setup": 425, "io_uring_enter": 426, "io_uring_register": 427, "open_tree": 428,
-    "move_mount": 429, "fsopen": 430, "fsconfig": 431, "fsmount": 432, "fspick": 433,
-    "pidfd_getfd": 438, "mount_setattr": 442,
-}  # fmt: skip
-_ARCHITECTURE = {"x86_64": (_X86_64, 0xC000003E), "aarch64": (_AARCH64, 0xC00000B7)}
-_NUMBERS, _AUDIT_ARCH = _ARCHITECTURE.get(platform.machine(), ({}, 0))
-_CHECKED = ("clone", "socket", "ioctl")  # by their arguments
-CLONE3 = 435
-NEW_NAMESPACES = 0x7E020080  # every CLONE_NEW* flag
-TIOCSTI, TIOCLINUX = 0x5412, 0x541C
-AF_UNIX, EPERM, EACCES, ENOSYS = 1, 1, 13, 38
-
-
-def _seccomp(layers: dict[str, list[str]]) -> None:
-    """A filter on system calls (seccomp BPF), kept by everything that is forked from here."""
-    if sys.platform != "linux" or not _NUMBERS:
-        return
-    program = b"".join(struct.pack("HBBI", *line) for line in _filter())
-    buffer = ctypes.create_string_buffer(program)
-
-    class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
-
-    wanted = Program(len(program) // 8, ctypes.cast(buffer, ctypes.c_void_p))
-    if _libc.prctl(PR_SET_SECCOMP, ctypes.c_ulong(2), ctypes.byref(wanted), 0, 0) == 0:
-        layers["privileges"].append("seccomp")
-        layers["network"].append("seccomp")
-
-
-def _filter() -> list[tuple[int, int, int, int]]:
-    """Classic BPF lines (code, jump if true, jump if false, constant)."""
-    load, equal, any_bit, at_least, answer = 0x20, 0x15, 0x45, 0x35, 0x06
-    allow, error, kill = 0x7FFF0000, 0x00050000, 0x80000000
-    number_at, arch_at, first_argument, second_argument = 0, 4, 16, 24
-    lines = [
-        (load, 0, 0, arch_at),
-        (equal, 1, 0, _AUDIT_ARCH),
-        (answer, 0, 0, kill),
-        (load, 0, 0, number_at),
-    ]
-    if platform.machine() == "x86_64":
-        lines += [(at_least, 0, 1, 0x40000000), (answer, 0, 0, error | EPERM)]  # the x32 calls
-    denied = [n for name, n in (_NUMBERS | _SHARED).items() if name not in _CHECKED]
-    for number in denied:
-        lines += [(equal, 0, 1, number), (answer, 0, 0, error | EPERM)]
-    lines += [(equal, 0, 1, CLONE3), (answer, 0, 0, error | ENOSYS)]  # libc falls back to clone
-    lines += [
-        (equal, 0, 4, _NUMBERS["clone"]),
-        (load, 0, 0, first_argument),
-        (any_bit, 0, 1, NEW_NAMESPACES),
-        (answer, 0, 0, error | EPERM),
-        (answer, 0, 0, allow),
-        (equal, 0, 4, _NUMBERS["socket"]),
-        (load, 0, 0, first_argument),
-        (equal, 1, 0, AF_UNIX),
-        (answer, 0, 0, error | EACCES),
-        (answer, 0, 0, allow),
-        (equal, 0, 4, _NUMBERS["ioctl"]),
-        (load, 0, 0, second_argument),
-        (equal, 1, 0, TIOCSTI),
-        (equal, 0, 1, TIOCLINUX),
-        (answer, 0, 0, error | EPERM),
-        (answer, 0, 0, allow),
-    ]
-    return lines
