@@ -20,6 +20,7 @@ from agent.warm import MARK, STUDY_MARK, Starter, kill_marked
 from nightshift.fixed.config import check
 
 SEED, NUM_PREFLIGHT_STEPS = 1, 2
+NUMBERS = ("val_bpb", "steps", "tokens", "num_params", "work", "train_s", "wall_s")
 NUM_FORKS_UNGUARDED, NUM_FORKS_GUARDED = 20, 600
 UNGUARDED = Path(__file__).parent / "unguarded.py"
 

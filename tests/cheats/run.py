@@ -111,7 +111,7 @@ def show(entry: Entry, outcome: Outcome, honest: Outcome) -> tuple[bool, str]:
 
 
 def _short(value) -> str:
-    return str(value).replace(str(Path(tempfile.gettempdir())), "")[-40:]
+    return str(value)[-40:]
 
 
 def catch(entry: Entry, outcome: Outcome, honest: Outcome) -> tuple[bool, str]:
@@ -250,7 +250,8 @@ def as_json(verdicts: list[Verdict]) -> list[dict]:
 
 def run(entries: list[Entry], num_workers: int = 2, sides=SIDES) -> list[Verdict]:
     """Judged in the order given, in a laboratory that is gone afterwards."""
-    root = Path(tempfile.mkdtemp(prefix="nightshift-laboratory-"))
+    (ROOT / "outputs").mkdir(exist_ok=True)  # not in /tmp, where a sandbox has a folder of its own
+    root = Path(tempfile.mkdtemp(prefix="laboratory-", dir=ROOT / "outputs"))
     try:
         prepare(root)
         ran = run_all(entries, root, num_workers, sides)
