@@ -59,6 +59,7 @@ class Sandbox:
     readable: Sequence[str]
     writable: Sequence[str] = ()
     hidden: Sequence[str] = ()  # below a readable folder, and yet not there
+    listable: Sequence[str] = ()  # folders whose names may be read, not their files
     memory_mb: int
     disk_mb: int
     num_processes: int
