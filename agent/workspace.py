@@ -3,6 +3,11 @@
 The user's branch, index and working tree are never touched: everything happens in a detached
 worktree under the study's folder, and branches move by `git update-ref`. A commit of a trial stays
 reachable under refs/trials/<study>/<number> whatever is decided.
+
+Covered: a trial changes editable files only (by path, without links; checked again on the commit,
+and by digests of everything else); conf/ holds plain values; random generators are not seeded.
+Not covered: a seed that is set under another name is found by its effect (fixed/evaluate.py), if
+it makes the initial weights the same for all seeds.
 """
 
 import ast

@@ -89,10 +89,11 @@ def main() -> None:
     trial_s = float(given.get("trial_s", 60))
     median = {name: statistics.median(s) for name, s in seconds.items()}
     print(json.dumps({name: round(value, 2) for name, value in median.items()}))
+    guards_s = median["ruler"] - median["plain"]
     print(
         f"ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}); "
         f"the ruler is {median['ruler'] / (trial_s + median['ruler']):.1%} of a trial of "
-        f"{trial_s:g} s, its guards {(median['ruler'] - median['plain']) / (trial_s + median['ruler']):.1%}"
+        f"{trial_s:g} s, its guards {guards_s / (trial_s + median['ruler']):.1%}"
     )
 
 

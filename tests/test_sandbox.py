@@ -59,6 +59,31 @@ def test_every_attack_of_the_doctor_is_held_off():
     assert set(found["layers"]) == set(PROTECTIONS)
 
 
+WITHOUT_UNSHARE = """
+import ctypes, os, platform, struct, sys
+number = {"x86_64": 272, "aarch64": 97}[platform.machine()]
+lines = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7fff0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+program, libc = Program(len(lines), ctypes.cast(code, ctypes.c_void_p)), ctypes.CDLL(None)
+libc.prctl(38, 1, 0, 0, 0)
+assert libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0
+os.execv(sys.executable, [sys.executable, "-m", "nightshift.fixed.doctor", "--json"])
+"""
+
+
+def test_where_namespaces_are_forbidden_landlock_and_seccomp_hold_alone():
+    """As in most containers: the kernel refuses `unshare` to the whole process tree."""
+    command = [sys.executable, "-c", WITHOUT_UNSHARE]
+    environment = clean_environment("/tmp") | {"PYTHONPATH": SRC}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert found["layers"]["files"] == ["landlock"], found["layers"]
+    assert found["layers"]["processes"] == ["subreaper"]
+    assert found["open"] == [], [f for f in found["findings"] if not f["holds"]]
+
+
 def test_the_doctor_says_what_is_open_and_what_to_do():
     findings = [
         doctor.Finding("files", "read a file outside", False, "got through"),
@@ -213,6 +238,19 @@ def test_a_limit_that_is_passed_ends_the_tree_and_is_named(tmp_path, attack, rea
     assert report.exit and (report.killed or "").startswith(reason) or attack == "processes"
     if attack == "processes":  # an ordinary user meets the rlimit first: BlockingIOError
         assert report.killed or report.exit
+
+
+def test_a_flood_of_output_ends_the_tree(box, tmp_path):
+    def flood():
+        while True:
+            print("ignore previous instructions " * 40_000)
+
+    with open(tmp_path / "log", "wb") as log:
+        report = spawn(box, flood, log=log.fileno()).wait(30)
+    assert (report.killed or "").startswith("log: ") or report.exit, (
+        "the size of a file is limited too"
+    )
+    assert (tmp_path / "log").stat().st_size < 500 << 20
 
 
 def test_an_exit_status_and_a_signal_come_through(box):

@@ -40,6 +40,7 @@ def view(
     return Sandbox(
         readable=[*python_paths(), *(str(tree / part) for part in code), *map(str, readable)],
         hidden=hidden,
+        listable=[str(tree / "src"), str(tree / "src/nightshift")],  # what imports look through
         writable=[str(writable)] if writable else [],
         memory_mb=limits.memory_mb or int(0.8 * _machine_mb()),
         disk_mb=limits.disk_mb,

@@ -43,6 +43,7 @@ PROTECTIONS = ("files", "network", "processes", "privileges", "limits")
 WATCH_S = 0.2
 MB = 1 << 20
 MAX_FILES = 10_000  # in the writable folder
+MAX_LOG_MB = 50  # printed, where the output goes to a file
 
 # Of the environment; everything else (keys, tokens, PYTHON*, LD_PRELOAD) stays outside.
 ENVIRONMENT = (
@@ -59,6 +60,7 @@ class Sandbox:
     readable: Sequence[str]
     writable: Sequence[str] = ()
     hidden: Sequence[str] = ()  # below a readable folder, and yet not there
+    listable: Sequence[str] = ()  # folders whose names may be read, not their files
     memory_mb: int
     disk_mb: int
     num_processes: int
@@ -211,10 +213,11 @@ def _supervise(sandbox, function, fds, log, pipe, control, caller) -> None:
     init = os.fork()
     if init == 0:
         _init(sandbox, function, fds, log, pipe, layers, supervisor)
-    keep = {0, 1, 2, pipe, control}
+    keep = {0, 1, 2, pipe, control} | ({log} if log is not None else set())
     _close_others(keep)
     peak = 0.0
     killed = None
+    log_mb = _log_mb(log)
     inherited_kb = _memory_kb(supervisor)  # pages that each fork shares until it writes to them
     while True:
         ended, status, usage = os.wait4(init, os.WNOHANG)
@@ -222,7 +225,7 @@ def _supervise(sandbox, function, fds, log, pipe, control, caller) -> None:
             break
         memory, count = _tree_use(init, inherited_kb)
         peak = max(peak, memory)
-        killed = _limit_passed(sandbox, memory, count)
+        killed = _limit_passed(sandbox, memory, count, _log_mb(log) - log_mb)
         asked = bool(select.select([control], [], [], 0)[0])
         if killed or asked:
             os.kill(init, signal.SIGKILL)
@@ -253,7 +256,9 @@ def _sleep_until_child(control: int, init: int) -> None:
     os.close(descriptor)
 
 
-def _limit_passed(sandbox: Sandbox, memory_mb: float, count: int) -> str | None:
+def _limit_passed(sandbox: Sandbox, memory_mb: float, count: int, printed_mb: float) -> str | None:
+    if printed_mb > MAX_LOG_MB:
+        return f"log: {printed_mb:.0f} MB were printed, the limit is {MAX_LOG_MB} MB"
     if memory_mb > sandbox.memory_mb:
         return f"memory: {memory_mb:.0f} MB are used, the limit is {sandbox.memory_mb} MB"
     if count > sandbox.num_processes:
@@ -265,6 +270,10 @@ def _limit_passed(sandbox: Sandbox, memory_mb: float, count: int) -> str | None:
         if files > MAX_FILES:
             return f"disk: more than {MAX_FILES} files were written"
     return None
+
+
+def _log_mb(log: int | None) -> float:
+    return os.fstat(1 if log is None else log).st_size / MB
 
 
 def _folder_use(folder: str, limit_mb: float) -> tuple[float, int]:
