@@ -74,7 +74,11 @@ class Shared:
 
     @classmethod
     def create(cls, shape: tuple[int, int, int]) -> "Shared":
-        return cls(_sealed_memory(cls.size(shape)), shape)
+        """Ours. Not inherited by forks: the second server must not see what the first is shown."""
+        made = cls(_sealed_memory(cls.size(shape)), shape)
+        if hasattr(mmap, "MADV_DONTFORK"):
+            made.memory.madvise(mmap.MADV_DONTFORK)
+        return made
 
 
 def _sealed_memory(size: int) -> int:
