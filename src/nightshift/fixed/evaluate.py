@@ -193,8 +193,8 @@ class Scoring:
         if not alike < ALIKE:
             raise Invalid(
                 "the initial weights are (nearly) the same for every seed "
-                f"(correlation {alike:.3f}): the code fixes its own seed. Seeds belong to the harness; use torch's default "
-                "generator as it comes"
+                f"(correlation {alike:.3f}): the code fixes its own seed. Seeds belong to the "
+                "harness; use torch's default generator as it comes"
             )
         rows = slice(0, min(batch_size, len(windows.inputs)))
         inputs, targets = windows.inputs[rows], windows.targets[rows]
