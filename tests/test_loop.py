@@ -137,7 +137,7 @@ def refusal(project: Path, capsys, *arguments: str) -> str:
 
 
 def test_what_a_study_cannot_start_with_is_one_line(project, capsys):
-    assert "refs of such a study" not in refusal(project, capsys, "study.z=-1")
+    assert "refs of such a study" not in refusal(project, capsys, "study.false_keeps=0")
     assert not (project / "outputs").exists()
     run_git(project, "branch", "study/first")
     assert "git has refs of such a study" in refusal(project, capsys)
