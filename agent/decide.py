@@ -45,13 +45,13 @@ from agent.journal import Run, Trial
 RATIOS = np.geomspace(0.01, 3.0, 30)  # tau over sigma of a seed
 GAIN_RATIOS = np.geomspace(0.05, 20.0, 7)  # scale of a gain over sigma of a seed
 RESOLUTION = 1e-6  # val_bpb has six digits
-PSEUDO_TRIALS = 4.0  # weight of the prior against the trials seen, at each level
-EM_ROUNDS = 6
+PSEUDO_TRIALS = 2.0  # weight of the prior against the trials seen, at each level
+EM_ROUNDS = 10
 HALF_SPENT_AFTER = 100  # K: trials after which half of the error budget is spent
 EQUAL_PROBABILITY = 0.95
 Z_INTERVAL = 1.96
 SOUGHT = 3.0  # a gain of so many tau is what the evidence is sharpest for
-OPTIMISM = 1.0  # standard errors that a gain may be better than it looks
+OPTIMISM = 1.25  # standard errors that a gain may be better than it looks
 DRIFT_TAUS = 4.0
 
 
@@ -233,7 +233,7 @@ def decide(differences: Sequence[float], bar: Bar, shorter: bool = False) -> Dec
     equal_yet = shorter and seen.estimate + seen.sd > -bar.margin
     if n < bar.rule.max_seeds and (better_yet or equal_yet):
         return _decision("more", "undecided", gain, n, seen, bar)
-    what = "not better than the incumbent" if gain <= 0 else "within noise of the incumbent"
+    what = "not better than the incumbent" if gain <= 0 else "not shown to be better"
     return _decision("discard", what, gain, n, seen, bar)
 
 
@@ -314,6 +314,10 @@ def _decision(kind: str, what: str, gain: float, n: int, seen: Evidence, bar: Ba
     seeds = "1 seed" if n == 1 else f"{n} seeds"
     reason = (
         f"{what}: gain {gain:+.4f} over {seeds}, estimate {seen.estimate:+.4f} "
-        f"({low:+.4f} to {high:+.4f}); evidence {evidence:.3g}, a gain needs {1 / bar.level:.3g}"
+        f"({low:+.4f} to {high:+.4f}); evidence {_short(evidence)}, needs {_short(1 / bar.level)}"
     )
     return Decision(kind, reason, gain, seen.estimate, low, high, evidence)
+
+
+def _short(number: float) -> str:
+    return f"{number:.2g}" if number < 10 else f"{number:,.0f}"

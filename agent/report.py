@@ -143,7 +143,14 @@ def _draw_incumbent(axes, kept: list[Trial], num_trials: int, sigma: float | Non
     if sigma:
         low, high = [v - 2 * sigma for v in y], [v + 2 * sigma for v in y]
         axes.fill_between(
-            x, low, high, step="post", color=BAND, alpha=0.2, linewidth=0, label="one seed (2 sigma)"
+            x,
+            low,
+            high,
+            step="post",
+            color=BAND,
+            alpha=0.2,
+            linewidth=0,
+            label="one seed (2 sigma)",
         )
     axes.step(x, y, where="post", color=KEPT, linewidth=1.6, label="incumbent")
     axes.plot(x[:-1], y[:-1], "o", color=KEPT, markersize=7, label="kept")

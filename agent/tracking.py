@@ -257,7 +257,11 @@ def trial_metrics(trial: Trial) -> dict[str, Any]:
         first = trial.runs[0]
         metrics |= {name: getattr(first, name) for name in RUN_NUMBERS}
     metrics |= {f"val_bpb_seed_{run.seed}": run.val_bpb for run in trial.runs}
-    return metrics | {"wall_s": trial.wall_s, "num_seeds": len(trial.runs), "num_parent_runs": len(trial.parent_runs)}
+    return metrics | {
+        "wall_s": trial.wall_s,
+        "num_seeds": len(trial.runs),
+        "num_parent_runs": len(trial.parent_runs),
+    }
 
 
 def trial_note(trial: Trial) -> str:

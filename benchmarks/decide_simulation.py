@@ -34,7 +34,7 @@ RUN_SHARE = 0.5  # of the smallest tau's variance is of the run; the rest is of 
 HEAVY_SHARE, HEAVY_FACTOR = 0.05, 3.0
 BASELINE_SEEDS = (1, 2, 3)
 GAINS = (1, 2, 3, 5, 10, 30)  # in units of the trial's own tau
-RULE = Rule(false_keeps=0.05, equal_within=0.1, min_seeds=3, max_seeds=8)
+RULE = Rule(false_keeps=0.05, equal_within=0.1, min_seeds=3, max_seeds=12)  # conf/study.yaml
 
 
 class Change(NamedTuple):
@@ -74,9 +74,7 @@ class Line:
     def run(self, seed: int) -> float:
         if seed not in self.runs:
             noise = self.rng.gauss(0, self.run_noise)
-            self.runs[seed] = (
-                self.level + self.seed_effects(seed) + self.interaction(seed) + noise
-            )
+            self.runs[seed] = self.level + self.seed_effects(seed) + self.interaction(seed) + noise
         return self.runs[seed]
 
 
@@ -291,7 +289,9 @@ def found(outcomes: list[Outcome], size: float) -> float:
 
 def honesty_table(results: dict[str, list[list[Outcome]]]) -> None:
     print("\n## What was reported of what was kept, against the truth")
-    print(f"{'rule':24} {'kept':>6} {'seen / true':>12} {'reported / true':>16} {'in interval':>26}")
+    print(
+        f"{'rule':24} {'kept':>6} {'seen / true':>12} {'reported / true':>16} {'in interval':>26}"
+    )
     for name, every in results.items():
         kept = [o for one in every for o in one if o.kept]
         true = sum(o.change.gain for o in kept)

@@ -1,8 +1,8 @@
 """How much does a paired difference scatter? Changes of several kinds, each on the same seeds.
 
-A difference is the parent's val_bpb minus the changed one's, on one seed. Its mean over seeds is the
-gain; its standard deviation is the noise that the rule of agent/decide.py has to beat. A change of
-the sixth digit shows how far rounding alone drives two runs apart.
+A difference is the parent's val_bpb minus the changed one's, on one seed. Its mean over seeds is
+the gain; its standard deviation is the noise that the rule of agent/decide.py has to beat. A change
+of the sixth digit shows how far rounding alone drives two runs apart.
 
     python benchmarks/paired_noise.py [seeds=1,2,3,4] [threads=1] [key=value of the pipeline ...]
 
@@ -12,7 +12,6 @@ Writes benchmarks/out/paired_noise.jsonl, one run a line, and goes on where it w
 import json
 import statistics
 import sys
-from pathlib import Path
 
 from agent import workspace
 from agent.journal import Proposal
@@ -111,7 +110,9 @@ def report(done: dict[tuple[str, int], float | None]) -> None:
             print(f"{title[:48]:48} {len(pairs):5} {mean:+8.5f} {sigma:8.5f}")
     parent = [x for (name, _), x in done.items() if name == "parent"]
     if len(parent) > 1:
-        print(f"{'one seed of the parent':48} {len(parent):5} {'':8} {statistics.stdev(parent):8.5f}")
+        print(
+            f"{'one seed of the parent':48} {len(parent):5} {'':8} {statistics.stdev(parent):8.5f}"
+        )
     sys.stdout.flush()
 
 
