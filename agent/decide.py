@@ -2,36 +2,36 @@
 
 What is judged are paired differences: the parent's val_bpb minus the trial's on the same seed, so
 that what both owe to the seed cancels. They are modelled as normal with mean theta (the gain) and
-standard deviation tau, which is unknown and differs between changes.
+standard deviation tau, which is unknown and differs from change to change.
 
-**Noise.** tau has a discrete prior on a grid that spans 0.01 to 3 times the sigma of a seed. It is
-learned from the scatter of every earlier trial with two pairs or more, over all trials and then for
-config and code changes apart, each level shrunk to the one above (empirical Bayes, Robbins 1956;
-the weights by EM with pseudo-counts). A part of the first, flat prior always stays: a change of an
-unknown kind may scatter more than all before it.
+**Noise.** tau has a discrete prior on a grid from 0.01 to 3 sigmas of a seed. It is learned from
+the scatter of every earlier trial with two pairs or more: first over all, then for config and for
+code changes apart, each level shrunk to the one above (empirical Bayes, Robbins 1956; weights by EM
+with pseudo-counts). Some of the first, flat prior always stays: the next change may scatter more
+than all before it.
 
-**Keep.** The evidence is the e-value (Bayes factor, tau and the size of the gain integrated out) for
-theta > 0 against theta = 0. Under "no gain" it is a nonnegative martingale that starts at 1, so the
-chance that it ever reaches 1/a is at most a, however often one looks and whatever decides to go on
-(Ville 1939; Grunwald, de Heide and Koolen 2024, JRSS B 86:1091, on e-values and optional
-continuation). The n-th trial gets the share a_n = false_keeps * K / ((n + K)(n + K - 1)) of the
-budget; the shares of all trials, without end, sum to `false_keeps`, which bounds the expected
-number of false keeps of a study by linearity: trials may depend on each other. Chosen over a
-fixed number of looks (Pocock, O'Brien and Fleming) because a study can be stopped, resumed and
-extended. The bound holds as far as the learned prior of tau does; benchmarks/decide_simulation.py
-measures it, also where it is wrong.
+**Keep.** The evidence is an e-value: the likelihood of the differences given a gain over that given
+none, tau integrated out in both. Half of it is for a gain of SOUGHT tau (Rushton 1950, Biometrika
+37:326), half for one of any size. If there is no gain it is a nonnegative martingale that starts at
+1, so the chance that it ever reaches 1/a is at most a, however often one looks and whatever made
+one go on (Ville 1939; Grunwald, de Heide and Koolen 2024, JRSS B 86:1091). A group-sequential
+boundary would save a seed, but it fixes the looks in advance, and a study is stopped, resumed and
+extended. The n-th trial may spend the share a_n = false_keeps K / ((n + K)(n + K - 1)) of the error
+budget. All shares, without end, sum to `false_keeps`, so that bounds the expected number of false
+keeps of a study, whether trials depend on each other or not (they share the incumbent's runs). The
+bound is as good as the prior of tau; benchmarks/decide_simulation.py also breaks that on purpose.
 
-**Discard.** A trial goes on only while the level could still be reached: if the gain were one
-standard error better than it looks and held on all seeds up to the cap (stochastic curtailment,
+**Discard.** A trial goes on only while the evidence could still suffice if the gain were OPTIMISM
+standard errors better than it looks and held on all seeds up to the cap (stochastic curtailment:
 Lan, Simon and Halperin 1982, Commun. Stat. C 1:207). Clear losers end after one run.
 
 **Simplicity.** A trial that removes more lines than it adds is also kept if its loss is below
-`equal_within` sigmas with 95 % posterior probability.
+`equal_within` sigmas of a seed with 95 % posterior probability. That is no claim of a gain.
 
-**Honest gain.** `estimate` is the posterior mean, `low` to `high` 95 % of the posterior (mean +- 1.96
-standard deviations), under a symmetric prior on theta: normal with a scale that is itself uniform
-in the logarithm. Weak gains are shrunk, large ones hardly (Efron 2011, JASA 106:1602, on why this
-undoes selection).
+**Honest gain.** `estimate` is the posterior mean of theta and `low` to `high` its 95 % interval
+(1.96 standard deviations), under a symmetric prior: normal, its scale uniform in the logarithm.
+Weak gains are shrunk, strong ones hardly; that undoes what selection adds (Efron 2011, JASA
+106:1602).
 """
 
 import math
@@ -52,7 +52,7 @@ EQUAL_PROBABILITY = 0.95
 Z_INTERVAL = 1.96
 SOUGHT = 3.0  # a gain of so many tau is what the evidence is sharpest for
 OPTIMISM = 1.25  # standard errors that a gain may be better than it looks
-DRIFT_TAUS = 4.0
+DRIFT_TAUS = 4.0  # a repeated run may move by so many before old numbers are given up
 
 
 class Noise(NamedTuple):
