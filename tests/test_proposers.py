@@ -237,6 +237,8 @@ def test_edit_objects_come_back_from_a_recipe(tmp_path):
         ("study.name=a.lock", "study.name"),
         ("study.baseline_seeds=[1]", "study.baseline_seeds"),
         ("study.baseline_seeds=[1,1]", "study.baseline_seeds"),
+        ("study.max_seeds=2", "study.max_seeds"),
+        ("study.false_keeps=0", "study.false_keeps"),
         ("+study.sources.oracle=1", "study.sources.oracle"),
         ("study.sources={oracle: 1}", "a key in it does not exist"),
         ("study.sources={sampler: 0, recipes: 0}", "study.sources"),
