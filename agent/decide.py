@@ -124,9 +124,15 @@ def measure_noise(groups: Sequence[Sequence[float]]) -> Noise:
 
 
 def repeated(trials: Sequence[Trial]) -> list[list[float]]:
-    """The groups of val_bpb that differ only in their seed."""
-    groups = [[run.val_bpb for run in t.runs if run.status == "ok"] for t in trials]
-    return [group for group in groups if len(group) > 1]
+    """Groups of val_bpb that differ only in their seed: the baseline's and each kept trial's, with
+    what they ran for their children. A discarded trial may scatter for reasons of its own."""
+    groups: dict[int, list[Run]] = {t.number: list(t.runs) for t in trials if t.decision == "keep"}
+    for trial in trials:
+        if trial.parent in groups:
+            before = [] if trial.drifted else groups[trial.parent]
+            groups[trial.parent] = before + trial.parent_runs
+    numbers = [[run.val_bpb for run in runs if run.status == "ok"] for runs in groups.values()]
+    return [group for group in numbers if len(group) > 1]
 
 
 def scatter_of(kind: str, numbers: Sequence[float]) -> Scatter:

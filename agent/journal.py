@@ -134,14 +134,14 @@ class Journal:
         return next((t for t in reversed(self.trials) if t.decision == "keep"), None)
 
     def runs_of(self, trial: Trial, child: Trial | None = None) -> dict[int, Run]:
-        """The runs of a trial by their seed: its own and those made later for its children, the
-        newest of each seed. Those before a drift no longer count. `child`: one that is not in the
-        journal yet."""
+        """The runs of a trial by their seed, its own and those made later for its children: the
+        newest ok one of each seed. Those before a drift no longer count. `child`: one that is not
+        in the journal yet."""
         runs = list(trial.runs)
         for later in [*self.trials, *([child] if child else [])]:
             if later.parent == trial.number:
                 runs = ([] if later.drifted else runs) + later.parent_runs
-        return {run.seed: run for run in runs}
+        return {run.seed: run for run in sorted(runs, key=lambda run: run.status == "ok")}
 
     @property
     def lineage(self) -> list[Trial]:

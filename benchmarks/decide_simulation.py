@@ -211,8 +211,8 @@ class Nightshift:
     """agent/decide.py as the loop uses it."""
 
     def __init__(self, world: World, rule: Rule = RULE):
-        self.world, self.rule, self.groups, self.scatters = world, rule, [world.baseline], []
-        self.rank, self.bars = 0, {}
+        self.world, self.rule, self.scatters = world, rule, []
+        self.lineage, self.rank, self.bars = [world.incumbent], 0, {}
 
     def judge(self, line: Line, change: Change, shorter: bool = False) -> Outcome:
         self.rank += 1
@@ -223,24 +223,23 @@ class Nightshift:
             decision = decide(gains, bar, shorter)
             if decision.kind != "more":
                 break
-        self.learn(change.kind, gains, [line.run(seed) for seed in seeds])
+        made = len(self.world.incumbent.runs) - known
+        if decision.kind == "keep":
+            self.lineage.append(line)
+        if made or len(gains) > 1:
+            self.scatters.append(scatter_of(change.kind, gains))
+            self.bars = {}
         return Outcome(
-            change, decision.kind == "keep", num_seeds, len(self.world.incumbent.runs) - known,
+            change, decision.kind == "keep", num_seeds, made,
             decision.gain, decision.estimate, decision.low, decision.high,
         )  # fmt: skip
 
     def bar(self, kind: str) -> Bar:
         """Learned anew only when something was learned: the same numbers, sooner."""
         if kind not in self.bars:
-            sigma = measure_noise(self.groups).sigma
+            sigma = measure_noise([list(line.runs.values()) for line in self.lineage]).sigma
             self.bars[kind] = set_bar(sigma, self.scatters, kind, self.rank, self.rule)
         return self.bars[kind]._replace(level=level_of(self.rank, self.rule.false_keeps))
-
-    def learn(self, kind: str, gains: list[float], numbers: list[float]) -> None:
-        if len(gains) > 1:
-            self.groups.append(numbers)
-            self.scatters.append(scatter_of(kind, gains))
-            self.bars = {}
 
 
 RULES = {

@@ -25,7 +25,7 @@ from agent.decide import (
     spent,
     weigh,
 )
-from agent.journal import Proposal, Run, Trial
+from agent.journal import Journal, Proposal, Run, Trial
 from nightshift.fixed.config import ROOT
 
 SIGMA, TAU = 0.0033, 0.0004  # of a seed; of a paired difference
@@ -40,15 +40,15 @@ def runs(*numbers: float | None, status: str = "crash") -> list[Run]:
     ]
 
 
-def trial(*numbers: float, parent=None, differences=(), edits=()) -> Trial:
+def trial(*numbers: float, number=0, parent=None, differences=(), edits=()) -> Trial:
     proposal = Proposal(title="t", hypothesis="h", source="test", edits=list(edits))
     proposal.overrides = {} if edits else {"a": 1}
     return Trial(
-        number=0,
+        number=number,
         proposal=proposal,
         parent=parent,
         status="ok",
-        decision="keep",
+        decision="keep" if parent is None else "discard",
         reason="",
         runs=runs(*numbers),
         differences=list(differences),
@@ -154,10 +154,18 @@ def test_noise_pools_squares_and_degrees_of_freedom():
     assert measure_noise([[1.0]]) == measure_noise([[]]) == Noise(None, 0)
 
 
-def test_only_repeated_runs_that_are_ok_measure_noise():
-    baseline, broken = trial(2.000, 2.004, 1.996), trial(1.0, 2.0)
-    broken.runs[1].status = "crash"
-    assert repeated([baseline, broken, trial(5.0)]) == [[2.000, 2.004, 1.996]]
+def test_the_lineage_measures_the_noise_of_a_seed_with_what_it_ran_for_its_children():
+    baseline, unstable, kept = trial(2.0, 2.1), trial(1.0, 9.0, parent=0, number=1), trial(1.0, 2.0)
+    kept.number, kept.parent, kept.parent_runs = 2, 0, [Run(seed=4, status="ok", val_bpb=2.2)]
+    kept.runs[1].status = "crash"
+    assert repeated([baseline, unstable, kept]) == [[2.0, 2.1, 2.2]]
+
+
+def test_runs_before_a_drift_measure_nothing():
+    baseline, later = trial(2.0, 2.1), trial(1.0, parent=0, number=1)
+    later.parent_runs = [Run(seed=s, status="ok", val_bpb=3.0 + s) for s in (1, 2)]
+    later.drifted = True
+    assert repeated([baseline, later]) == [[4.0, 5.0]]
 
 
 def typical(bar) -> float:
@@ -260,3 +268,16 @@ def test_simulated_gains_of_three_sigma_are_found_and_told_as_they_are(simulatio
     )
     assert sum(o.low <= o.change.gain <= o.high for o in kept) > 0.9 * len(kept)
     assert not [o for o in kept if o.change.gain < 0]
+
+
+def test_the_parents_runs_are_found_whoever_asked_for_them(tmp_path):
+    """The newest ok run of a seed stands; a repeat that failed hides nothing."""
+    journal, parent = Journal(tmp_path / "journal.jsonl"), trial(2.0, 2.1)
+    child, other = trial(parent=0, number=1), trial(parent=7, number=2)
+    child.parent_runs = [Run(seed=3, status="ok", val_bpb=2.2), Run(seed=1, status="timeout")]
+    other.parent_runs = [Run(seed=9, status="ok", val_bpb=9.0)]
+    journal.trials = [parent, child, other]
+    assert {s: r.val_bpb for s, r in journal.runs_of(parent).items()} == {1: 2.0, 2: 2.1, 3: 2.2}
+    asks = trial(parent=0, number=3)
+    asks.parent_runs, asks.drifted = [Run(seed=2, status="ok", val_bpb=2.5)], True
+    assert {s: r.val_bpb for s, r in journal.runs_of(parent, asks).items()} == {2: 2.5}
