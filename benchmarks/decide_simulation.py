@@ -9,7 +9,7 @@ where the first two cancel in a paired difference and the last two are its noise
 drawn for each trial, log-uniformly, for config and for code changes from ranges of their own, and
 is three times as large in one trial of twenty. OTHER_NOISE breaks these assumptions on purpose.
 
-    python benchmarks/decide_simulation.py [studies=2000] [seed=0]
+    python benchmarks/decide_simulation.py [studies=1000] [seed=0]
 
 Prints the tables of benchmarks/README.md and draws benchmarks/out/decide.png.
 """
@@ -411,7 +411,7 @@ def draw_chart(rows: dict[str, Row], gains: dict[str, list[Outcome]], path: Path
 
 def main() -> None:
     given = dict(a.split("=", 1) for a in sys.argv[1:])
-    count, seed = int(given.get("studies", 2000)), int(given.get("seed", 0))
+    count, seed = int(given.get("studies", 1000)), int(given.get("seed", 0))
     rows = null_table(count, seed)
     gains = gains_table(max(1, count // 10), seed)
     honesty_table(gains)

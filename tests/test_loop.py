@@ -320,3 +320,15 @@ def test_killed_study_loses_and_doubles_no_trial_whatever_the_moment(project, se
     script(project, PROPOSALS)
     kill_at_random_moments(project, trials=4, times=4, seed=seed + 100)
     check_after_kills(project, PROPOSALS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kill_among_the_parents_runs_costs_only_time(project, seed):
+    script(project, [behave("uneven")])
+    kill_at_random_moments(project, trials=1, times=3, seed=seed + 200)
+    baseline, trial = journal_of(project).trials
+    assert baseline.seeds == [1, 2, 3]
+    assert [run.seed for run in trial.parent_runs] == trial.seeds[3:] != []
+    assert len(trial.differences) == len(trial.runs)
+    assert_nothing_is_left(project)
