@@ -29,9 +29,9 @@ Lan, Simon and Halperin 1982, Commun. Stat. C 1:207). Clear losers end after one
 `equal_within` sigmas of a seed with 95 % posterior probability. That is no claim of a gain.
 
 **Honest gain.** `estimate` is the posterior mean of theta and `low` to `high` its 95 % interval
-(1.96 standard deviations), under a symmetric prior: normal, its scale uniform in the logarithm.
-Weak gains are shrunk, strong ones hardly; that undoes what selection adds (Efron 2011, JASA
-106:1602).
+(Z_INTERVAL standard deviations), under a symmetric prior: normal, its scale uniform in the
+logarithm. Weak gains are shrunk, strong ones hardly; that undoes what selection adds (Efron 2011,
+JASA 106:1602).
 """
 
 import math
@@ -49,7 +49,7 @@ PSEUDO_TRIALS = 2.0  # weight of the prior against the trials seen, at each leve
 EM_ROUNDS = 10
 HALF_SPENT_AFTER = 100  # K: trials after which half of the error budget is spent
 EQUAL_PROBABILITY = 0.95
-Z_INTERVAL = 1.96
+Z_INTERVAL = 2.15  # covers 95 % of kept gains in simulation; 1.96 covers 93.4 %, tails are heavy
 SOUGHT = 3.0  # a gain of so many tau is what the evidence is sharpest for
 OPTIMISM = 1.25  # standard errors that a gain may be better than it looks
 DRIFT_TAUS = 4.0  # a repeated run may move by so many before old numbers are given up

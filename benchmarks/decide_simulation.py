@@ -391,16 +391,13 @@ def draw_chart(rows: dict[str, Row], gains: dict[str, list[Outcome]], path: Path
     for (name, row), color in zip(rows.items(), COLORS, strict=True):
         shares = [100 * found(gains[name], size) for size in GAINS]
         left.plot(range(len(GAINS)), shares, "o-", color=color, label=name, linewidth=1.8)
-        right.plot(row.runs, max(row.false_keeps, 1e-3), "o", color=color, markersize=9)
-        right.annotate(
-            name, (row.runs, max(row.false_keeps, 1e-3)), xytext=(8, 4), textcoords="offset points"
-        )
+        right.plot(row.runs, max(row.false_keeps, 1e-3), "o", color=color, markersize=10)
     left.set_xticks(range(len(GAINS)), [str(size) for size in GAINS])
     left.set(xlabel="true gain, in sigmas of its paired difference", ylabel="found (%)")
-    left.legend(frameon=False, fontsize=8.5)
+    figure.legend(loc="outside lower center", ncols=len(rows), frameon=False)
     right.axhline(RULE.false_keeps, color="#222222", linewidth=0.8, linestyle="--")
     right.set(yscale="log", ylim=(5e-4, 400), xlim=(0.8, 4.2), xlabel="runs a trial")
-    right.set_ylabel(f"false keeps in {NUM_TRIALS} trials that change nothing")
+    right.set_ylabel(f"false keeps in {NUM_TRIALS} null trials")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(color="#e6e6e6", linewidth=0.8)
