@@ -4,11 +4,12 @@ What is judged are paired differences: the parent's val_bpb minus the trial's on
 that what both owe to the seed cancels. They are modelled as normal with mean theta (the gain) and
 standard deviation tau, which is unknown and differs from change to change.
 
-**Noise.** tau has a discrete prior on a grid from 0.01 to 3 sigmas of a seed. It is learned from
-the scatter of every earlier trial with two pairs or more: first over all, then for config and for
-code changes apart, each level shrunk to the one above (empirical Bayes, Robbins 1956; weights by EM
-with pseudo-counts). Some of the first, flat prior always stays: the next change may scatter more
-than all before it.
+**Noise.** tau has a discrete prior on a grid from 0.01 to 100 sigmas of a seed. Independent seeds
+would give 1.4; the rest is for a sigma that three lucky seeds made far too small. The prior is
+learned from the scatter of every earlier trial with two pairs or more: first over all, then for
+config and for code changes apart, each level shrunk to the one above (empirical Bayes, Robbins
+1956; weights by EM with pseudo-counts). Some of the first, flat prior always stays: the next change
+may scatter more than all before it.
 
 **Keep.** The evidence is an e-value: the likelihood of the differences given a gain over that given
 none, tau integrated out in both. Half of it is for a gain of SOUGHT tau (Rushton 1950, Biometrika
@@ -42,7 +43,7 @@ import numpy as np
 
 from agent.journal import Run, Trial
 
-RATIOS = np.geomspace(0.01, 3.0, 30)  # tau over sigma of a seed
+RATIOS = np.geomspace(0.01, 100.0, 40)  # tau over sigma of a seed, see above
 GAIN_RATIOS = np.geomspace(0.05, 20.0, 7)  # scale of a gain over sigma of a seed
 RESOLUTION = 1e-6  # val_bpb has six digits
 PSEUDO_TRIALS = 2.0  # weight of the prior against the trials seen, at each level

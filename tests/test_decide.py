@@ -228,6 +228,16 @@ def test_evidence_reaches_twenty_in_fewer_than_one_null_trial_of_twenty():
         assert hits < 50 + 2 * 7
 
 
+def test_a_sigma_that_came_out_far_too_small_keeps_no_noise():
+    """Three seeds can lie close together by chance, and pairing can be in vain."""
+    rng, kept = random.Random(4), 0
+    bar = set_bar(SIGMA / 8, [], "config", 1, RULE)
+    for _ in range(300):
+        differences = [rng.gauss(0, 1.4 * SIGMA) for _ in range(8)]
+        kept += any(decide(differences[:n], bar).kind == "keep" for n in range(3, 9))
+    assert kept == 0  # 0.15 expected at the most
+
+
 def test_weak_gains_are_shrunk_and_strong_ones_are_not():
     weak, strong = decide([0.0003], BAR), decide([0.0121, 0.0119, 0.012], BAR)
     assert 0 < weak.estimate < 0.7 * weak.gain and weak.low < 0 < weak.high
