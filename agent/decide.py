@@ -44,7 +44,7 @@ import numpy as np
 from agent.journal import Run, Trial
 
 RATIOS = np.geomspace(0.01, 100.0, 40)  # tau over sigma of a seed, see above
-GAIN_RATIOS = np.geomspace(0.05, 20.0, 7)  # scale of a gain over sigma of a seed
+GAIN_RATIOS = np.geomspace(0.05, 1000.0, 10)  # scale of a gain over sigma of a seed
 RESOLUTION = 1e-6  # val_bpb has six digits
 PSEUDO_TRIALS = 2.0  # weight of the prior against the trials seen, at each level
 EM_ROUNDS = 10

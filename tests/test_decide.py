@@ -194,6 +194,11 @@ def test_without_any_noise_a_gain_is_kept_and_nothing_is_not():
     assert decide([0.0] * 3, silent).kind == "discard"
 
 
+def test_a_gain_of_hundreds_of_sigmas_is_asked_for_further_seeds():
+    assert decide([250 * SIGMA], NEW).kind == "more"
+    assert decide([250 * SIGMA] * 3, NEW).kind == "keep"
+
+
 def test_bar_is_learned_from_the_journal():
     baseline = trial(2.000, 2.004, 1.996)
     failed = trial(None, parent=0)
