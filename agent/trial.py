@@ -99,14 +99,18 @@ class Bench:
         result = problem or self._evaluate(folder, name, config)
         return self._numbers(seed, result, folder, time.monotonic() - started)
 
-    def preflight(self, seed: int, num_steps: int, limit_s: float) -> Run:
-        """Data, a few steps and a small evaluation: most mistakes show here, for seconds."""
+    def prepared_run(self, name: str, seed: int, limit_s: float, **changes: dict[str, Any]) -> Run:
+        """`run`, after its data were made. The limit holds for each of the two."""
         if problem := self.prepare(seed, limit_s):
             return self._numbers(seed, problem, self.folder / "prepare", 0.0)
-        return self.run(
+        return self.run(name, seed, min(limit_s, self.config.budget.wall_limit_s), **changes)
+
+    def preflight(self, seed: int, num_steps: int, limit_s: float) -> Run:
+        """Data, a few steps and a small evaluation: most mistakes show here, for seconds."""
+        return self.prepared_run(
             "preflight",
             seed,
-            min(limit_s, self.config.budget.wall_limit_s),
+            limit_s,
             budget={"kind": "steps", "amount": float(num_steps)},
             evaluate={"max_bytes": PREFLIGHT_BYTES, "sample_prompts": []},
             runtime={"num_dev_points": 0},

@@ -55,7 +55,13 @@ def test_a_study_is_told_alike_by_the_journal_mlflow_and_dvc(clone):
     from nightshift.fixed.tracking import open_store
 
     said = run(
-        clone, "nightshift.cli", "study", "study.name=t", "study.trials=4", "study.z=0.01", *SMALL
+        clone,
+        "nightshift.cli",
+        "study",
+        "study.name=t",
+        "study.trials=4",
+        "study.false_keeps=100",
+        *SMALL,
     )
     trials = [json.loads(line) for line in open(clone / "outputs/studies/t/journal.jsonl")]
     assert [t["number"] for t in trials] == [0, 1, 2, 3, 4]
