@@ -9,12 +9,16 @@ choice     share of questions where the right answer is the likeliest of those o
            per byte (what lm-evaluation calls acc_norm); `centred` is 0 for guessing and 1 for all
            right, and their mean over the kinds of task is `core` (Li et al. 2024)
 
+text_bpb   bits per byte of the corpus's dev text: what tuning forgets. Only comparable with
+           `text_bpb_before`: the windows are not those of val_bpb
+
 With a base to compare (config.base, or base=...), the same is measured for it, and the gain in
 chat_bpb has an interval over conversations: both models are scored on the same ones.
 
     nightshift chat-evaluate run=outputs/sft/<run>
 """
 
+import itertools
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -31,13 +35,16 @@ from nightshift import conversation
 from nightshift.fixed import checkpoint, machine
 from nightshift.fixed.chats import ensure_chats, read_chats
 from nightshift.fixed.config import Config, ConfigError
+from nightshift.fixed.corpus import ensure_corpus, read_documents
 from nightshift.fixed.result import CONFIG_FILE, write_json
 from nightshift.fixed.tasks import Chat
 from nightshift.fixed.tokenizer import Tokenizer
 from nightshift.generate import Engine, Sampling, padded_tokens
+from nightshift.sft import CHAT_RESULT_FILE, base_folder
 
-RESULT_FILE = "chat_result.json"
+RESULT_FILE = CHAT_RESULT_FILE
 Z = 1.96  # two-sided 95 %
+DOCUMENT_CHARS = 4000  # of a dev document, for text_bpb
 
 # B rows, T time, V vocabulary
 
@@ -116,6 +123,13 @@ def likelihood(model, tokenizer: Tokenizer, chats: Sequence[Chat], batch_size: i
         for chat in chats
     ]
     return Scored(np.array(nats), np.array(sizes, dtype=np.float64))
+
+
+def text_bpb(model, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> float:
+    tokens = [[tokenizer.bos, *tokenizer.encode(text)] for text in texts]
+    seen = [(row, [False] + [True] * (len(row) - 1)) for row in tokens]
+    nats = sum(nats_of(model, tokenizer, seen, batch_size))
+    return nats / log(2) / sum(len(text.encode()) for text in texts)
 
 
 # -- tasks
@@ -198,7 +212,9 @@ def multiple_choice(
 # -- a checkpoint
 
 
-def measure(folder: Path, chats: Sequence[Chat], config: Config) -> dict[str, Any]:
+def measure(
+    folder: Path, chats: Sequence[Chat], texts: Sequence[str], config: Config
+) -> dict[str, Any]:
     """Everything about one checkpoint; `scored` holds the likelihood of each conversation."""
     settings, device = config.chat_evaluate, machine.pick_device(config.runtime)
     model, tokenizer, _ = checkpoint.load(folder, device)
@@ -209,10 +225,21 @@ def measure(folder: Path, chats: Sequence[Chat], config: Config) -> dict[str, An
     scored = likelihood(model, tokenizer, chats[: settings.max_conversations], settings.batch_size)
     return {
         "scored": scored,
+        "text_bpb": text_bpb(model, tokenizer, texts, settings.batch_size) if texts else None,
         "exact": exact_match(engine, opened, settings),
         "choice": multiple_choice(model, tokenizer, offered, settings.batch_size),
         "samples": samples(engine, settings),
     }
+
+
+def dev_texts(config: Config) -> list[str]:
+    """The beginnings of the corpus's dev documents; none where the chats do not need the corpus
+    (a checkpoint from elsewhere is tuned without downloading what it was trained on)."""
+    if not any(config.conversations.tasks.values()):
+        return []
+    documents = read_documents(ensure_corpus(config), "dev")
+    texts = (text[:DOCUMENT_CHARS] for _, text in documents)
+    return list(itertools.islice(texts, max(1, config.runtime.dev_bytes // DOCUMENT_CHARS)))
 
 
 def first_of_each(chats: Sequence[Chat], count: int, but: str = "") -> list[Chat]:
@@ -237,6 +264,8 @@ def metrics(measured: dict[str, Any]) -> dict[str, float]:
         "chat_bpb": measured["scored"].bpb,
         "chat_bpb_interval": measured["scored"].interval(),
     }
+    if measured["text_bpb"] is not None:
+        numbers["text_bpb"] = measured["text_bpb"]
     if exact:
         numbers["exact"] = sum(t["share"] for t in exact.values()) / len(exact)
         numbers["stops"] = sum(t["stops"] for t in exact.values()) / len(exact)
@@ -252,7 +281,8 @@ def evaluate(folder: Path, config: Config, base: Path | None) -> dict[str, Any]:
     started_at = time.monotonic()
     machine.prepare(config.runtime, machine.pick_device(config.runtime))
     chats = list(read_chats(ensure_chats(config), "val"))
-    measured = measure(folder, chats, config)
+    texts = dev_texts(config)
+    measured = measure(folder, chats, texts, config)
     result = {
         "metrics": metrics(measured),
         "exact": measured["exact"],
@@ -263,15 +293,23 @@ def evaluate(folder: Path, config: Config, base: Path | None) -> dict[str, Any]:
         "weights_sha256": checkpoint.weights_sha256(folder),
     }
     if base is not None:
-        before = measure(base, chats, config)
+        before = measure(base, chats, texts, config)
         gain = before["scored"].nats - measured["scored"].nats
         result["before"] = metrics(before) | {"samples": before["samples"]}
         result["metrics"] |= {
             "chat_bpb_before": round(before["scored"].bpb, 6),
+            **({"text_bpb_before": round(before["text_bpb"], 6)} if texts else {}),
             "chat_bpb_gain": round(before["scored"].bpb - measured["scored"].bpb, 6),
             "chat_bpb_gain_interval": round(measured["scored"].interval(gain), 6),
         }
     return result | {"eval_s": round(time.monotonic() - started_at, 3)}
+
+
+def record(log, folder: Path, result: dict[str, Any]) -> None:
+    """What MLflow shows of it."""
+    log.metrics(result["metrics"])
+    log.artifact(folder / RESULT_FILE)
+    log.table(result["samples"], "answers.json")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -288,8 +326,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         folder = checkpoint.folder_of(str(run))
         config = checkpoint.read_config(folder / CONFIG_FILE)
-        base = given.get("base", config.base)
-        result = evaluate(folder, config, base and checkpoint.folder_of(base))
+        config = config.model_copy(update={"base": given.get("base", config.base)})
+        result = evaluate(folder, config, base_folder(config) if config.base else None)
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -54,7 +54,7 @@ def ready(config: Config) -> None:
     if config.resume is not None:
         load_clock(folder_of(config.resume))
     else:
-        base_config(config)
+        for_run(config)
     if config.sft_budget.replay is not None:
         read_progress(Path(config.sft_budget.replay))
     pick_device(config.runtime)
@@ -109,14 +109,29 @@ def tracked_run(
 # -- the configuration of a run
 
 
-def base_config(config: Config) -> Config:
-    from nightshift.fixed.checkpoint import folder_of, read_config
+def base_folder(config: Config) -> Path:
+    """The checkpoint folder of the base; a relative path is tried from here, then from the
+    checkout."""
+    from nightshift.fixed.checkpoint import folder_of
 
     if config.base is None:
         raise ConfigError(
             "base (null): sft begins from a base checkpoint: base=outputs/pretrain/<run>"
         )
-    return read_config(folder_of(config.base) / CONFIG_FILE)
+    here = folder_of(config.base)
+    return here if here.exists() else folder_of(str(ROOT / config.base))
+
+
+def base_config(config: Config) -> Config:
+    from nightshift.fixed.checkpoint import read_config
+
+    return read_config(base_folder(config) / CONFIG_FILE)
+
+
+def portable(folder: Path) -> str:
+    """Relative to the checkout where it lies inside: the same text in every clone."""
+    folder = folder.resolve()
+    return str(folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder)
 
 
 def for_run(config: Config, overrides: list[str] = ()) -> Config:
@@ -136,7 +151,7 @@ def for_run(config: Config, overrides: list[str] = ()) -> Config:
     rates = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
     values = config.model_dump()
     values |= {group: getattr(base, group).model_dump() for group in FROM_BASE}
-    values["base"] = str(Path(config.base).absolute())
+    values["base"] = portable(base_folder(config))
     values["optim"] |= {rate: values["optim"][rate] * sft.lr_scale for rate in rates}
     values["sft"]["lr_scale"] = 1.0
     values["schedule"] = {k: values["sft"][k] for k in values["schedule"]}
@@ -189,7 +204,7 @@ def fit(config: Config, folder: Path, log) -> Training:
     device = machine.pick_device(config.runtime)
     machine.prepare(config.runtime, device)
     dtype = machine.pick_dtype(device, config.train)
-    base = checkpoint.folder_of(config.base)
+    base = base_folder(config)
     model, tokenizer, _ = checkpoint.load(base, device)
     rows = ensure_rows(config, tokenizer)
     torch.manual_seed(config.seed)
@@ -273,20 +288,16 @@ def score(folder: Path, log) -> dict[str, Any] | None:
     """chat_evaluate in a process of its own, as pretraining's evaluation; null if it failed."""
     import json
 
+    from nightshift import chat_evaluate
+
     environment = os.environ | {"PYTHONPATH": str(ROOT / "src")}
     command_line = [sys.executable, "-m", "nightshift.chat_evaluate", f"run={folder}"]
     subprocess.run(command_line, env=environment, stdout=subprocess.DEVNULL)
     if not (folder / CHAT_RESULT_FILE).is_file():
         return None
     result = json.loads((folder / CHAT_RESULT_FILE).read_text(encoding="utf-8"))
-    record_chat(log, folder, result)
+    chat_evaluate.record(log, folder, result)
     return result
-
-
-def record_chat(log, folder: Path, result: dict[str, Any]) -> None:
-    log.metrics(result["metrics"])
-    log.artifact(folder / CHAT_RESULT_FILE)
-    log.table(result["samples"], "answers.json")
 
 
 def summary(folder: Path, training: Training, chat: dict[str, Any] | None) -> str:

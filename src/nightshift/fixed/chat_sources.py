@@ -17,6 +17,7 @@ import importlib.util
 import json
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from nightshift.fixed import config as knobs
 from nightshift.fixed import sources, store
 from nightshift.fixed.config import Config, ConfigError
 from nightshift.fixed.tasks import Chat
@@ -117,22 +119,30 @@ def _rows(config: Config, files_read: list[dict[str, Any]]) -> Iterator[tuple[st
 
 
 def _files(config: Config, files_read: list[dict[str, Any]]) -> Iterator[tuple[str, Path]]:
-    """As a corpus finds its files (fixed/sources.py), told in this group's words."""
-    wanted = config.conversations
-    like = config.corpus.model_copy(
-        update={
-            key: getattr(wanted, key)
-            for key in ("source", "path", "repo", "revision", "files", "num_shards")
-        }
-    )
-    try:
-        if wanted.source == "folder":
+    """As a corpus finds its files (fixed/sources.py)."""
+    like = as_corpus(config)
+    with told_as_conversations():
+        if like.source == "folder":
             found = sources.folder_files(like)
         else:
             found = sources._hub_files(config.model_copy(update={"corpus": like}), files_read)
         yield from ((name, path) for name, path in found if path.suffix != ".txt")
+
+
+def as_corpus(config: Config) -> knobs.Corpus:
+    """The source's place in the words of a corpus."""
+    keys = ("source", "path", "repo", "revision", "files", "num_shards")
+    place = {key: getattr(config.conversations, key) for key in keys}
+    return config.corpus.model_copy(update=place)
+
+
+@contextmanager
+def told_as_conversations():
+    """Mistakes in the place of a corpus, in the words of this group."""
+    try:
+        yield
     except ConfigError as error:
-        raise ConfigError(str(error).replace("corpus", "conversations")) from None
+        raise ConfigError(str(error).replace("corpus.", "conversations.")) from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -48,8 +48,9 @@ def chats_key(config: Config, corpus_digest: str | None) -> str:
     if settings.source == "embedded":
         facts["sha256"] = chat_sources.CHATTERBOT_SHA256
     elif settings.source == "folder":
-        like = config.corpus.model_copy(update={"path": settings.path, "files": settings.files})
-        files = [(name, path.stat()) for name, path in sources.folder_files(like)]
+        with chat_sources.told_as_conversations():
+            found = sources.folder_files(chat_sources.as_corpus(config))
+        files = [(name, path.stat()) for name, path in found]
         facts["files"] = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in files]
     return knobs.digest([FORMAT, facts, corpus_digest])
 
