@@ -35,10 +35,8 @@ def write_chats(folder: Path, count: int = 60) -> Path:
 
 def long_sentences(number: int) -> str:
     """Some that can be cut in two (fixed/tasks.py)."""
-    begun = "The night that is before us and behind us"
-    return "".join(
-        f" {begun} is a night of {number} models and {i} seeds. So be it." for i in (1, 2)
-    )
+    said = " Night {} of year {} is before us and the models that we train are all behind us. Yes."
+    return "".join(said.format(i, number) for i in (1, 2, 3))
 
 
 def chat_config(tmp_path: Path, **changes):

@@ -41,19 +41,19 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def tuned(place):
-    return run(place, "tuned", **{"sft_budget.amount": 150.0})
+    return run(place, "tuned", **{"sft_budget.amount": 100.0})
 
 
 def test_tuning_learns_to_answer_and_to_stop(tuned, place):
     training, folder = tuned
     curve = read_curve(folder / "curve.jsonl")
-    assert training.status == "ok" and training.steps == 150
+    assert training.status == "ok" and training.steps == 100
     assert curve[-1]["train/loss"] < curve[0]["train/loss"] - 1 and curve[-1]["dev_bpb"] > 0
     model, tokenizer, cfg = checkpoint.load(folder / "checkpoint")
     asked = prompt([{"role": "user", "content": "Is 7 here?"}], tokenizer)
     said = Engine(model, tokenizer).generate([asked], Sampling(temperature=0, max_tokens=40))[0]
     assert said.finish == "stop" and said.text
-    assert cfg.budget.amount == 150 and cfg.train.batch_tokens == 256
+    assert cfg.budget.amount == 100 and cfg.train.batch_tokens == 256
 
 
 def test_same_seed_same_weights(place):
@@ -99,9 +99,10 @@ def test_a_base_inside_the_checkout_is_named_from_there():
 
 
 def test_low_rank_updates_are_merged_into_a_checkpoint_like_any_other(place):
-    training, folder = run(place, "lora", **{"sft.lora_rank": 2, "sft_budget.amount": 60.0})
-    curve = read_curve(folder / "curve.jsonl")
-    assert training.status == "ok" and curve[-1]["train/loss"] < curve[0]["train/loss"]
+    changes = {"sft.lora_rank": 2, "sft.lora_lr": 0.01, "sft_budget.amount": 80.0}
+    training, folder = run(place, "lora", **changes)
+    losses = [point["train/loss"] for point in read_curve(folder / "curve.jsonl")]
+    assert training.status == "ok" and sum(losses[-10:]) < sum(losses[:10])
     before, after = weights(place / "base"), weights(folder)
     assert set(before) == set(after)
     moved = {name for name in before if not torch.equal(before[name], after[name])}
@@ -136,10 +137,12 @@ def test_text_against_forgetting_keeps_the_base_s_text_better(place):
     assert bpb(mixed, cfg) < bpb(plain, cfg)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_an_interrupted_run_resumes_bit_for_bit(kind, place):
     """SIGTERM in the middle of a real process; resumed, it has an undisturbed run's weights."""
-    changes = {"sft_budget.amount": 250.0, "base": str(place / "base")}
+    changes = {"sft_budget.amount": 150.0, "base": str(place / "base")}
+    changes |= {"sft.batch_tokens": 64, "sft.micro_batch_size": 1}
     changes |= {"sft.lora_rank": 2} if kind == "lora" else {}
     _, whole = run(place, f"whole-{kind}", **changes)
     cfg = sft.for_run(chat_config(place, **changes))
@@ -156,7 +159,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(kind, place):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 130
     stopped = read_training(cut / "training.json")
-    assert stopped.interrupted and 10 <= stopped.steps < 250
+    assert stopped.interrupted and 10 <= stopped.steps < 150
     resumed = sft.for_run(chat_config(place, **changes, resume=str(cut)), ["resume=x"])
     log = open_store(cfg.tracking).start("r", "sft")
     sft.train(resumed, place / f"resumed-{kind}", log)
@@ -164,6 +167,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(kind, place):
     assert all(torch.equal(weights(whole)[k], w) for k, w in ended.items())
 
 
+@pytest.mark.slow
 def test_the_command_tunes_scores_and_says_so(place):
     """Through Hydra, MLflow off, with the evaluation in a process of its own."""
     changes = {"base": str(place / "base"), "sft_budget.amount": 40.0}
@@ -178,7 +182,9 @@ def test_the_command_tunes_scores_and_says_so(place):
     assert "chat_bpb:" in done.stdout and "gain on base:" in done.stdout
     result = json.loads((place / "run" / "chat_result.json").read_text())
     assert result["metrics"]["chat_bpb_gain"] > result["metrics"]["chat_bpb_gain_interval"]
-    none = subprocess.run(
-        [sys.executable, "-m", "nightshift.cli", "sft"], capture_output=True, text=True
-    )
-    assert none.returncode == 2 and "base=outputs/pretrain/<run>" in none.stderr
+
+
+def test_the_command_without_a_base_says_what_is_needed():
+    command = [sys.executable, "-m", "nightshift.cli", "sft"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "base=outputs/pretrain/<run>" in done.stderr
