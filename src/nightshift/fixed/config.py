@@ -208,7 +208,19 @@ class Evaluate(Group):
     temperature: float = Field(gt=0, le=5)
 
 
-TASKS = ("spelling", "counting", "arithmetic", "sorting", "documents", "continuation")
+class Tasks(Group):
+    """Questions made by program, how many of each kind (fixed/tasks.py)."""
+
+    spelling: int = Field(ge=0)
+    counting: int = Field(ge=0)
+    arithmetic: int = Field(ge=0)
+    sorting: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    continuation: int = Field(ge=0)
+
+    @property
+    def total(self) -> int:
+        return sum(self.model_dump().values())
 
 
 class Conversations(Group):
@@ -221,7 +233,7 @@ class Conversations(Group):
     files: str
     num_shards: int = Field(ge=1)
     max_conversations: int | None = Field(ge=4)
-    tasks: dict[Literal[TASKS], int]  # questions made by program, how many of each
+    tasks: Tasks
     dev_frac: float = Field(gt=0, lt=0.5)
     val_frac: float = Field(gt=0, lt=0.5)
     test_frac: float = Field(gt=0, lt=0.5)
