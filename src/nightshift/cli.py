@@ -23,6 +23,7 @@ COMMANDS = {
         "nightshift.chat_evaluate",
         "score a chat checkpoint again: run=outputs/sft/<run>",
     ),
+    "doctor": ("nightshift.fixed.doctor", "which protections hold on this machine, by attack"),
     "ui": ("nightshift.ui", "open the MLflow UI on the right store"),
 }
 
