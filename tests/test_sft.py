@@ -153,11 +153,11 @@ def test_an_interrupted_run_resumes_bit_for_bit(kind, place):
     process = subprocess.Popen(
         command, env=os.environ | {"PYTHONPATH": str(ROOT / "src")}, stdout=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300  # a busy machine takes long to begin
     while len(read_curve(cut / "curve.jsonl")) < 5 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 130
+    assert process.wait(300) == 130
     stopped = read_training(cut / "training.json")
     assert stopped.interrupted and 10 <= stopped.steps < 150
     resumed = sft.for_run(chat_config(place, **changes, resume=str(cut)), ["resume=x"])
