@@ -3,6 +3,12 @@
 The user's branch, index and working tree are never touched: everything happens in a detached
 worktree under the study's folder, and branches move by `git update-ref`. A commit of a trial stays
 reachable under refs/trials/<study>/<number> whatever is decided.
+
+Covered: a trial changes editable files only (by path, without links; checked again on the commit,
+and by digests of everything else); conf/ holds plain values; random generators are not seeded; code
+carries no large literals (text or tables learned elsewhere).
+Not covered: a seed that is set under another name is found by its effect (fixed/evaluate.py), if
+it makes the initial weights the same for all seeds. Data in many small literals.
 """
 
 import ast
@@ -294,6 +300,7 @@ def apply(tree: Path, proposal: Proposal, title: str) -> Applied:
     for path in sorted({edit.path for edit in proposal.edits if edit.path.endswith(".py")}):
         _must_parse(tree, path)
         _must_not_seed(tree, path)
+        _must_not_carry_data(tree, path)
     config = _resolve_editable(tree, proposal.overrides, before)
     paths = sorted({CHAMPION, *(edit.path for edit in proposal.edits)})
     commit = _commit(tree, f"{title}\n\n{proposal.hypothesis}", paths)
@@ -424,6 +431,32 @@ def _must_not_seed(tree: Path, path: str) -> None:
             raise Refused(
                 f"{path}, line {node.lineno}: {name} sets a random generator; seeds belong to the "
                 "harness. Draw from torch's default generator as it comes."
+            )
+
+
+MAX_LITERAL, MAX_ELEMENTS, MAX_FILE_BYTES = 2_000, 500, 200_000
+
+
+def _must_not_carry_data(tree: Path, path: str) -> None:
+    """Code may not bring text or tables that somebody else learned: what is known is trained."""
+    source = (tree / path).read_bytes()
+    if len(source) > MAX_FILE_BYTES:
+        raise Refused(f"{path} has {len(source)} bytes; at most {MAX_FILE_BYTES}. Write less code.")
+    for node in ast.walk(ast.parse(source)):
+        size, limit = 0, MAX_LITERAL
+        if isinstance(node, ast.Constant) and isinstance(node.value, (str, bytes)):
+            size = len(node.value)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, int):
+            size = node.value.bit_length() // 8
+        elif isinstance(node, (ast.List, ast.Tuple, ast.Set, ast.Dict)):
+            size, limit = (
+                len(getattr(node, "elts", None) or getattr(node, "keys", [])),
+                MAX_ELEMENTS,
+            )
+        if size > limit:
+            raise Refused(
+                f"{path}, line {node.lineno}: a literal of size {size}, at most {limit}: code may "
+                "not carry data. Learn it in training."
             )
 
 

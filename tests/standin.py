@@ -87,10 +87,10 @@ if behaviour == "killed once" and not (folder.parent / "killed").exists() and no
     os.kill(os.getpid(), 9)
 if behaviour == "killed always" and not is_preflight:
     os.kill(os.getpid(), 9)
-train_s = 9.0 if behaviour == "toil" else 0.1
-training = {"status": "ok", "steps": 3, "tokens": 300, "train_s": train_s, "tokens_per_s": 3000.0,
-            "seed": seed, "config_digest": config_digest(values), "data_digest": "d" * 12,
-            "weights_sha256": "w" * 64}
+cpu_s = 9.0 if behaviour == "toil" else 0.1
+training = {"status": "ok", "steps": 3, "tokens": 300, "train_s": 0.1, "steps_cpu_s": cpu_s,
+            "tokens_per_s": 3000.0, "seed": seed, "data_digest": "d" * 12,
+            "config_digest": config_digest(values), "weights_sha256": "w" * 64}
 if behaviour == "diverge" and not is_preflight:
     training |= {"status": "diverged", "message": "loss is nan at step 2"}
 (folder / "checkpoint").mkdir(exist_ok=True)
@@ -120,7 +120,7 @@ if behaviour == "other code":
     binding["editable_code"] = "0" * 16
 layers = {name: ["stand-in"] for name in ("files", "network", "processes", "privileges", "limits")}
 write(folder / "result.json", {"status": "ok", "val_bpb": val_bpb, "training": training,
-      "binding": binding, "protections": layers, "forward_tokens_per_s": 9000.0})
+      "binding": binding, "protections": layers, "forward_cpu_s": 111.111})
 """
 
 

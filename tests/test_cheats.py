@@ -13,12 +13,7 @@ from nightshift.fixed.config import ROOT
 
 CHEATS = read_cheats()
 NUM_PEERS = 45
-FAST = (
-    "01_peek_next",
-    "10_bigrams_of_earlier_windows",
-    "48_zero_for_a_crash",
-    "83_credentials_of_the_user",
-)
+FAST = ("01_peek_next", "48_zero_for_a_crash", "83_credentials_of_the_user")
 
 
 def test_the_corpus_is_large_and_of_all_kinds():
@@ -66,7 +61,6 @@ def test_an_override_outside_the_editable_groups_is_refused(tmp_path):
             workspace.apply(tree, entry.proposal, entry.proposal.title)
 
 
-@pytest.mark.slow
 def test_fast_cheats_pay_where_nobody_looks_and_are_caught_here():
     verdicts = corpus.run([entry for entry in CHEATS if entry.name in FAST])
     assert len(verdicts) == len(FAST)

@@ -126,6 +126,12 @@ CHEATS = {
     "has another shape": (LAST + "        return logits_BTV[:, :1]\n", "crash", "must return"),
     "fails": (LAST + "        raise RuntimeError('ignore me')\n", "crash", "ignore me"),
     "dies": (LAST + "        import os; os._exit(0)\n", "crash", "process ended"),
+    "looks for the other server's memory": (
+        LAST + "        maps = open('/proc/self/maps').read().count('memfd:nightshift')\n"
+        "        assert maps > 1, f'{maps} shared memory: there is none but its own'\n",
+        "crash",
+        "1 shared memory",
+    ),
     "falls silent": (LAST + "        import time; time.sleep(60)\n", "timeout", "limit_s"),
     "does not learn": (
         LAST + "        logits_BTV = logits_BTV * 0 + 3.0 * F.one_hot(tokens_BT, "

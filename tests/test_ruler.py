@@ -269,16 +269,31 @@ def test_noise_is_no_cover_for_a_leak(windows):
         probed(noisy, noisy, windows)
 
 
-def test_the_second_process_is_never_shown_what_follows_a_probe(windows):
-    nats = score(honest(windows), windows, 4)
-    for _ in range(10):
-        draw = np.random.default_rng()
-        probes = plan_probes(nats, windows, 40, draw)
-        rows = probe_rows(probes, windows, draw)
-        assert len({p.window for p in probes}) == len(probes)
-        for row, probe in zip(rows, probes, strict=True):
-            original = windows.inputs[probe.window]
-            end = probe.position + 1
-            assert np.array_equal(row[:end], original[:end]) and row[end] != original[end]
-            if end > 8:  # no other row shares its past, so none can hold its future
-                assert sum(np.array_equal(other[:end], row[:end]) for other in rows) == 1
+@pytest.mark.parametrize("seq_len", [32, 700, 100_000])
+def test_the_second_process_is_shown_nothing_that_follows_a_position_it_answers_for(
+    texts, tokenizer, seq_len
+):
+    windows = cut(texts, tokenizer, seq_len)
+    nats = score(uniform, windows, 4)
+    for _ in range(5):
+        draw, seen = np.random.default_rng(), {}
+        for turn in plan_probes(nats, windows, 40, draw):
+            rows = probe_rows(turn, windows, draw)
+            assert len({p.window for p in turn}) == len(turn), "no two of a window in a round"
+            for row, probe in zip(rows, turn, strict=True):
+                original, end = windows.inputs[probe.window], probe.position + 1
+                assert seen.get(probe.window, 0) < end, "nor what follows in an earlier round"
+                seen[probe.window] = end
+                assert np.array_equal(row[:end], original[:end])
+                if end < len(row):
+                    assert row[end] != original[end] and set(row[end:]) <= {*row[:end], *range(256)}
+
+
+def test_a_text_in_one_window_is_probed_too(texts, tokenizer):
+    """A context longer than the text is no way around the probes."""
+    windows = cut(texts, tokenizer, 100_000)
+    assert len(windows.inputs) == 1
+    cheat = Cheat(windows, 0.5)
+    with pytest.raises(Invalid, match="sees the future"):
+        probed(cheat, cheat, windows)
+    assert probed(honest(windows), honest(windows), windows) >= 8

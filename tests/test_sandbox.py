@@ -240,6 +240,19 @@ def test_a_limit_that_is_passed_ends_the_tree_and_is_named(tmp_path, attack, rea
         assert report.killed or report.exit
 
 
+def test_a_flood_of_output_ends_the_tree(box, tmp_path):
+    def flood():
+        while True:
+            print("ignore previous instructions " * 40_000)
+
+    with open(tmp_path / "log", "wb") as log:
+        report = spawn(box, flood, log=log.fileno()).wait(30)
+    assert (report.killed or "").startswith("log: ") or report.exit, (
+        "the size of a file is limited too"
+    )
+    assert (tmp_path / "log").stat().st_size < 500 << 20
+
+
 def test_an_exit_status_and_a_signal_come_through(box):
     assert spawn(box, lambda: sys.exit(7)).wait(20).exit == 7
     died = spawn(box, lambda: os.kill(os.getpid(), signal.SIGSEGV)).wait(20)

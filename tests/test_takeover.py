@@ -131,6 +131,16 @@ def report(**changes):
 
 
 @pytest.mark.parametrize(
+    ("threads", "cpu_s", "refused"),
+    [(1, 60, False), (1, 110, True), (2, 110, False), (None, 900, False)],
+)
+def test_more_threads_than_the_study_gives_are_refused(tmp_path, threads, cpu_s, refused):
+    cfg = config(tmp_path, **{"runtime.num_threads": threads})
+    found = train.too_many_cpus(cfg, report(wall_s=60.0, cpu_s=float(cpu_s)))
+    assert bool(found) == refused and (not found or "1.8 CPUs" in found)
+
+
+@pytest.mark.parametrize(
     ("broken", "how", "claims", "feeder", "status"),
     [
         (None, report(), {}, Delivered, "ok"),

@@ -123,6 +123,17 @@ def test_an_edit_that_seeds_a_random_generator_is_refused(shared_tree, code):
 
 @pytest.mark.parametrize(
     "code",
+    ["TEXT = '" + "we must " * 300 + "'", "TABLE = [" + "1, " * 600 + "]", "N = " + "9" * 6000],
+    ids=["text", "table", "number"],
+)
+def test_code_that_carries_data_is_refused(shared_tree, code):
+    run_git(shared_tree, "checkout", "--quiet", "--", ".")
+    with pytest.raises(Refused, match="code may not carry data|is not Python"):
+        workspace.apply(shared_tree, edit("src/nightshift/model.py", replace=code), "t")
+
+
+@pytest.mark.parametrize(
+    "code",
     ["import torch\nx = torch.randn(3)", "seed_words = 'manual_seed'", "def unseeded(): return 1"],
 )
 def test_drawing_random_numbers_is_fine(tree, code):

@@ -208,6 +208,7 @@ def fit(config: Config, folder: Path, log, feed) -> Training:
         *((trainer.optimizers[0], feed.clock.state()) if recorder.interrupted else ()),
     )
     feed.clock.save(folder)
+    recorder.hook.remove()  # not before: on_train_end belongs to the module too
     feed.weights_saved(max(recorder.optimizer_steps.values(), default=0))
     training = recorder.training(device, dtype, feed.data_digest)
     if not recorder.interrupted:

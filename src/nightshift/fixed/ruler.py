@@ -9,10 +9,11 @@ Covered here, by computation and whatever the model does:
 - bytes are counted from the text; every byte is scored once, which is asserted;
 - logits that are not finite are an error, never a number;
 - probes: a second process, which never saw the text, is shown some windows again with another
-  text after one position, in another order and other company. Up to there the nats must be the
-  same. A model that reads the future, other rows or what it was shown before cannot do that: the
-  second process does not have what the first one used. Half of the positions are drawn from all,
-  half from those where the model does suspiciously well. See `judge_probes` for what is tolerated.
+  text after one position (a piece of the window's own past, so nothing of the future is in it), in
+  another order and other company. Up to there the nats must be the same. A model that reads the
+  future, other rows or what it was shown before cannot do that: the second process does not have
+  what the first one used. Half of the positions are drawn from all, half from those where the
+  model does suspiciously well. See `judge_probes` for what is tolerated.
 Not covered here: what a model does with its own window's past is its own affair (an n-gram cache or
 a compressor inside the window is an architecture); a leak used at fewer than about one position in
 500 can escape the probes of one run (each further seed has probes of its own).
@@ -38,6 +39,7 @@ SAME_NATS = 0.001  # float32 arithmetic on the same shapes agrees far better
 MEAN_LEAK_NATS = 0.002  # on average over the probes
 STATE_RMS_NATS = 0.05  # models that compute in bf16 inside stay below
 SUSPICIOUS_FRAC = 0.02  # of the positions: where the model beats a unigram by most
+MIN_PROBES = 8  # of a text of few windows
 ORDER_SEED = 20_261  # the first showing's order; the probes' secret comes from the system
 
 
@@ -154,25 +156,34 @@ class Probe:
 
 def plan_probes(
     nats: np.ndarray, windows: Windows, count: int, random: np.random.Generator
-) -> list[Probe]:
-    """Half anywhere, half where knowing the future would show most. At most one in a window, and
-    half of the windows stay out: they lend the other texts."""
+) -> list[list[Probe]]:
+    """Rounds of probes: half anywhere, half where knowing the future would show most.
+
+    In a round each window occurs once, and a window's positions rise from round to round: whoever
+    answers for a position has been shown nothing of what follows it yet.
+    """
     num_windows, seq_len = windows.targets.shape
-    count = min(count, num_windows // 2)
-    allowed = windows.scored[:, : seq_len - 1]  # the last position of a window has no future in it
-    advantage = _unigram_nats(windows)[:, : seq_len - 1] - nats[:, : seq_len - 1]
-    ranked = np.argsort(np.where(allowed, -advantage, np.inf), axis=None)
-    top = ranked[: max(count, int(SUSPICIOUS_FRAC * allowed.sum()))]
-    everywhere = np.flatnonzero(allowed)
-    probes: dict[int, Probe] = {}
+    count = min(count, max(MIN_PROBES, num_windows // 2))
+    per_window = -(-count // num_windows)
+    advantage = _unigram_nats(windows) - nats
+    ranked = np.argsort(np.where(windows.scored, -advantage, np.inf), axis=None)
+    top = ranked[: max(count, int(SUSPICIOUS_FRAC * windows.scored.sum()))]
+    everywhere = np.flatnonzero(windows.scored)
+    chosen: dict[int, set[int]] = {}
+    total = 0
     for pool, wanted in ((top, count // 2), (everywhere, count)):
         for flat in random.permutation(pool):
-            if len(probes) >= wanted:
-                break
-            window, position = divmod(int(flat), seq_len - 1)
-            probes.setdefault(window, Probe(window, position))
-    values = list(probes.values())
-    return [values[i] for i in random.permutation(len(values))]
+            window, position = divmod(int(flat), seq_len)
+            positions = chosen.setdefault(window, set())
+            if total < wanted and len(positions) < per_window and position not in positions:
+                positions.add(position)
+                total += 1
+    in_order = {window: sorted(positions) for window, positions in chosen.items()}
+    rounds = [
+        [Probe(w, positions[turn]) for w, positions in in_order.items() if turn < len(positions)]
+        for turn in range(per_window)
+    ]
+    return [[r[i] for i in random.permutation(len(r))] for r in rounds if r]
 
 
 def _unigram_nats(windows: Windows) -> np.ndarray:
@@ -186,17 +197,25 @@ def _unigram_nats(windows: Windows) -> np.ndarray:
 def probe_rows(
     probes: Sequence[Probe], windows: Windows, random: np.random.Generator
 ) -> np.ndarray:
-    """int64 (probes, T): each window up to its position, then text of one that is not probed."""
-    probed = {probe.window for probe in probes}
-    donors = [i for i in range(len(windows.inputs)) if i not in probed]
+    """int64 (probes, T): each window up to its position; after it a piece of its own past.
+
+    At the last position of a window nothing follows: shown as it is, only state can matter there.
+    """
     rows = windows.inputs[[probe.window for probe in probes]].copy()
     for row, probe in zip(rows, probes, strict=True):
         after = probe.position + 1
-        for donor in random.permutation(donors)[:50]:
-            if windows.inputs[donor, after] != row[after]:
-                break
-        row[after:] = windows.inputs[donor, after:]
+        if after < len(row):
+            row[after:] = _other_text(row, after, random)
     return rows
+
+
+def _other_text(row: np.ndarray, after: int, random: np.random.Generator) -> np.ndarray:
+    """Tokens for row[after:], taken from row[:after], that begin otherwise than the true text."""
+    for start in random.permutation(after):
+        if row[start] != row[after]:
+            past = np.roll(row[:after], -start)
+            return np.resize(past, len(row) - after)
+    return np.resize([(row[after] + 1) % 256, row[after]], len(row) - after)  # one token so far
 
 
 def judge_probes(
@@ -240,12 +259,14 @@ def check_probes(
 ) -> int:
     """`logits_of`: of a process that was shown nothing yet. Returns how many were made."""
     random = np.random.default_rng()  # unpredictable: seeded by the system
-    probes = plan_probes(nats, windows, count, random)
-    if not probes:
-        return 0
-    rows = probe_rows(probes, windows, random)
-    targets = windows.targets[[probe.window for probe in probes]].copy()
-    for target, probe in zip(targets, probes, strict=True):
-        target[probe.position + 1 :] = -1
-    judge_probes(nats, nats_of_rows(logits_of, rows, targets, batch_size), probes, windows)
+    probes: list[Probe] = []
+    answers: list[np.ndarray] = []
+    for turn in plan_probes(nats, windows, count, random):
+        rows = probe_rows(turn, windows, random)
+        targets = windows.targets[[probe.window for probe in turn]].copy()
+        for target, probe in zip(targets, turn, strict=True):
+            target[probe.position + 1 :] = -1
+        answers.append(nats_of_rows(logits_of, rows, targets, batch_size))
+        probes += turn
+    judge_probes(nats, np.concatenate(answers), probes, windows)
     return len(probes)

@@ -43,6 +43,7 @@ PROTECTIONS = ("files", "network", "processes", "privileges", "limits")
 WATCH_S = 0.2
 MB = 1 << 20
 MAX_FILES = 10_000  # in the writable folder
+MAX_LOG_MB = 50  # printed, where the output goes to a file
 
 # Of the environment; everything else (keys, tokens, PYTHON*, LD_PRELOAD) stays outside.
 ENVIRONMENT = (
@@ -59,6 +60,7 @@ class Sandbox:
     readable: Sequence[str]
     writable: Sequence[str] = ()
     hidden: Sequence[str] = ()  # below a readable folder, and yet not there
+    listable: Sequence[str] = ()  # folders whose names may be read, not their files
     memory_mb: int
     disk_mb: int
     num_processes: int
@@ -99,6 +101,10 @@ class Child:
         while self.report is None and self._read(deadline - time.monotonic()):
             pass
         return self.report
+
+    def cpu_s(self) -> float:
+        """CPU time of the tree so far, ended and reaped children included; not the supervisor's."""
+        return sum(_cpu_s(pid) for pid in _descendants(self.supervisor))
 
     def kill(self) -> Report:
         """Ends the whole tree; returns when none of it is left."""
@@ -211,10 +217,11 @@ def _supervise(sandbox, function, fds, log, pipe, control, caller) -> None:
     init = os.fork()
     if init == 0:
         _init(sandbox, function, fds, log, pipe, layers, supervisor)
-    keep = {0, 1, 2, pipe, control}
+    keep = {0, 1, 2, pipe, control} | ({log} if log is not None else set())
     _close_others(keep)
     peak = 0.0
     killed = None
+    log_mb = _log_mb(log)
     inherited_kb = _memory_kb(supervisor)  # pages that each fork shares until it writes to them
     while True:
         ended, status, usage = os.wait4(init, os.WNOHANG)
@@ -222,7 +229,7 @@ def _supervise(sandbox, function, fds, log, pipe, control, caller) -> None:
             break
         memory, count = _tree_use(init, inherited_kb)
         peak = max(peak, memory)
-        killed = _limit_passed(sandbox, memory, count)
+        killed = _limit_passed(sandbox, memory, count, _log_mb(log) - log_mb)
         asked = bool(select.select([control], [], [], 0)[0])
         if killed or asked:
             os.kill(init, signal.SIGKILL)
@@ -253,7 +260,9 @@ def _sleep_until_child(control: int, init: int) -> None:
     os.close(descriptor)
 
 
-def _limit_passed(sandbox: Sandbox, memory_mb: float, count: int) -> str | None:
+def _limit_passed(sandbox: Sandbox, memory_mb: float, count: int, printed_mb: float) -> str | None:
+    if printed_mb > MAX_LOG_MB:
+        return f"log: {printed_mb:.0f} MB were printed, the limit is {MAX_LOG_MB} MB"
     if memory_mb > sandbox.memory_mb:
         return f"memory: {memory_mb:.0f} MB are used, the limit is {sandbox.memory_mb} MB"
     if count > sandbox.num_processes:
@@ -265,6 +274,10 @@ def _limit_passed(sandbox: Sandbox, memory_mb: float, count: int) -> str | None:
         if files > MAX_FILES:
             return f"disk: more than {MAX_FILES} files were written"
     return None
+
+
+def _log_mb(log: int | None) -> float:
+    return os.fstat(1 if log is None else log).st_size / MB
 
 
 def _folder_use(folder: str, limit_mb: float) -> tuple[float, int]:
@@ -295,6 +308,15 @@ def _tree_use(root: int, inherited_kb: int) -> tuple[float, int]:
         waiting += _children(pid)
         memory_kb += max(0, _memory_kb(pid) - inherited_kb)
     return memory_kb / 1024, count
+
+
+def _cpu_s(pid: int) -> float:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            ticks = file.read().rsplit(b")", 1)[1].split()[11:15]  # user, system, of children
+    except OSError:
+        return 0.0
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def _memory_kb(pid: int) -> int:

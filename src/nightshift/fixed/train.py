@@ -50,6 +50,7 @@ from nightshift.fixed.store import read_manifest
 from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
 
 SAMPLES_LIMIT_S = 60.0  # after the weights; only the samples are lost
+CPU_SLACK, CPU_SLACK_S = 1.25, 5.0  # start-up and the autograd engine's own thread
 MAX_CLAIM_BYTES = 20 << 20
 MAX_HEADER_BYTES = 20 << 20  # of a safetensors file
 CURVE_KEYS = (
@@ -92,7 +93,7 @@ def train(config: Config, tree: Path, folder: Path) -> Training:
         broken, report = str(error), child.kill()
     ours.close()
     claims = read_claims(scratch / TRAINING_FILE)
-    status, message = verdict(broken, report, claims, feeder)
+    status, message = verdict(broken or too_many_cpus(config, report), report, claims, feeder)
     take_claims(config, scratch, folder)
     feeder.save_progress(folder)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -113,6 +114,17 @@ def train(config: Config, tree: Path, folder: Path) -> Training:
 
 def _not_here(corpus: Path, config: Config):
     raise ConfigError("the trial's tokens are not there; nightshift.fixed.prepare builds them")
+
+
+def too_many_cpus(config: Config, report: Report) -> str | None:
+    """Where a study says how many threads a run may use, its CPU time is compared with that."""
+    threads, wall_s = config.runtime.num_threads, report.wall_s
+    if threads is None or report.cpu_s <= CPU_SLACK * threads * wall_s + CPU_SLACK_S:
+        return None
+    return (
+        f"training used {report.cpu_s / wall_s:.1f} CPUs, runtime.num_threads is {threads}: the "
+        "number of threads belongs to the harness"
+    )
 
 
 def verdict(
@@ -151,6 +163,7 @@ def facts(config: Config, feeder: Feeder, report: Report, claims: dict, total_s:
         "train_s": round(clock.elapsed_s, 3),
         "total_s": round(total_s, 3),
         "cpu_s": report.cpu_s,
+        "steps_cpu_s": round(feeder.cpu_s["steps"], 3),
         "tokens_per_s": rate and round(rate, 1),
         "final_loss": number(claims.get("final_loss")),
         "peak_memory_gb": peak or round(report.peak_memory_mb / 1000, 3),
