@@ -18,13 +18,18 @@ COMMANDS = {
         "train one model; -m sweeps: -m optim.matrix_lr=0.01,0.02,0.04",
     ),
     "evaluate": ("nightshift.fixed.evaluate", "score a run again: run=outputs/pretrain/<run>"),
+    "sft": ("nightshift.sft", "teach a base checkpoint to chat: base=outputs/pretrain/<run>"),
+    "chat-evaluate": (
+        "nightshift.chat_evaluate",
+        "score a chat checkpoint again: run=outputs/sft/<run>",
+    ),
     "doctor": ("nightshift.fixed.doctor", "which protections hold on this machine, by attack"),
     "ui": ("nightshift.ui", "open the MLflow UI on the right store"),
 }
 
 USAGE = f"""usage: nightshift <command> [key=value ...]
 
-{chr(10).join(f"  {name:<9} {what}" for name, (_, what) in COMMANDS.items())}
+{chr(10).join(f"  {name:<14} {what}" for name, (_, what) in COMMANDS.items())}
 
 Every knob is a file in conf/:  nightshift pretrain model.depth=6 optim.matrix_lr=0.03 budget=5min
   nightshift pretrain --help        groups, choices and keys
