@@ -1,0 +1,216 @@
+"""Every checkpoint of this checkout by a short name, and the model that belongs to it.
+
+champion                 champion/checkpoint, what `dvc repro` made
+sft/<run>                outputs/sft/<run>/checkpoint; sft/latest is the newest
+pretrain/<run>           outputs/pretrain/<run>/checkpoint
+<study>/<number>         a trial's first seed: first/4; first/4/seed_2 is another one
+a path                   any folder of a run or of a checkpoint
+
+A trial may have edited model.py, and its weights fit only its own. So a checkpoint is loaded with
+the model.py of the commit that its training.json names, from git, where that differs from ours.
+That code then runs in this process, with this user's rights: show trials that you would check out.
+"""
+
+import difflib
+import hashlib
+import json
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nightshift.fixed import checkpoint
+from nightshift.fixed.config import ROOT, Config, ConfigError
+from nightshift.fixed.result import CHECKPOINT_FOLDER, RESULT_FILE, TRAINING_FILE
+from nightshift.fixed.tokenizer import Tokenizer
+
+MODEL_FILE = "src/nightshift/model.py"
+STAGES = ("sft", "pretrain")
+STUDIES = "outputs/studies"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    name: str
+    folder: Path  # the checkpoint's
+    title: str = ""  # for a person
+    val_bpb: float | None = None
+    decision: str | None = None  # of a trial
+    is_kept: bool = True  # false: a trial whose checkpoint was deleted, or never made
+    created: int = 0  # Unix time
+
+
+def entries(root: Path = ROOT) -> list[Entry]:
+    """All there are; champion first, then runs and trials, newest first."""
+    found = [_champion(root)] if (root / "champion" / CHECKPOINT_FOLDER).is_dir() else []
+    for stage in STAGES:
+        runs = root.glob(f"outputs/{stage}/*/{CHECKPOINT_FOLDER}")
+        found += sorted((_run(stage, run) for run in runs), key=lambda e: -e.created)
+    studies = sorted(root.glob(f"{STUDIES}/*/journal.jsonl"), key=lambda p: -p.stat().st_mtime)
+    for journal in studies:
+        found += _trials(journal)
+    return found
+
+
+def find(name: str, root: Path = ROOT) -> Entry:
+    """Raises ConfigError: the name, what there is, what to do."""
+    known = {entry.name: entry for entry in entries(root)}
+    wanted = _canonical(name)
+    if wanted in known:
+        return _kept(known[wanted])
+    stage, _, run = name.partition("/")
+    if run == "latest" and stage in STAGES:
+        newest = [entry for entry in known.values() if entry.name.startswith(f"{stage}/")]
+        if newest:
+            return newest[0]
+    if (folder := _trial_seed(wanted, root)) or (folder := _folder(name)):
+        return Entry(name=name, folder=folder, **_numbers(folder))
+    raise ConfigError(_not_there(name, [n for n, e in known.items() if e.is_kept]))
+
+
+def default(root: Path = ROOT) -> Entry:
+    """The champion; before there is one, the newest run. Raises ConfigError."""
+    usable = [entry for entry in entries(root) if entry.is_kept]
+    if not usable:
+        raise ConfigError("there is no checkpoint yet. Run: dvc repro, or nightshift pretrain")
+    return usable[0]
+
+
+def load(
+    folder: Path, device: torch.device | str = "cpu", root: Path = ROOT
+) -> tuple[torch.nn.Module, Tokenizer, Config]:
+    """As `checkpoint.load`, with the checkpoint's own model.py. Raises ConfigError."""
+    source = model_source(folder, root)
+    if source == (ROOT / MODEL_FILE).read_text(encoding="utf-8"):
+        return checkpoint.load(folder, device)
+    config = checkpoint.read_config(folder / "config.yaml")
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    model = model_class(source)(config.model, tokenizer.vocab_size)
+    checkpoint.load_weights(model, folder)
+    return model.to(device), tokenizer, config
+
+
+def model_source(folder: Path, root: Path = ROOT) -> str:
+    """The text of model.py as it was when these weights were trained.
+
+    Ours, where the commit is unknown to git or the run was made from uncommitted changes.
+    """
+    commit = facts(folder).get("commit") or ""
+    if commit and not commit.endswith("+"):
+        git = ["git", "-C", str(root), "show", f"{commit}:{MODEL_FILE}"]
+        shown = subprocess.run(git, capture_output=True, text=True)
+        if shown.returncode == 0:
+            return shown.stdout
+    return (ROOT / MODEL_FILE).read_text(encoding="utf-8")
+
+
+def model_class(source: str) -> type:
+    """The class GPT of a model.py that is not ours, in a module of its own."""
+    name = f"nightshift_model_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        module = types.ModuleType(name)
+        try:
+            exec(compile(source, f"<{MODEL_FILE} of another commit>", "exec"), module.__dict__)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(
+                f"the checkpoint's own model.py does not run in this checkout ({error}). "
+                "Check out its commit and try there"
+            ) from None
+        sys.modules[name] = module
+    return sys.modules[name].GPT
+
+
+def facts(folder: Path) -> dict:
+    """What the run of a checkpoint says of itself: training.json, and val_bpb of result.json."""
+    training = _read(folder.parent / TRAINING_FILE)
+    return training | {"val_bpb": _read(folder.parent / RESULT_FILE).get("val_bpb")}
+
+
+def _read(path: Path) -> dict:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _numbers(folder: Path) -> dict:
+    weights = folder / checkpoint.WEIGHTS_FILE
+    created = int(weights.stat().st_mtime) if weights.exists() else 0
+    return {"val_bpb": facts(folder)["val_bpb"], "created": created}
+
+
+def _champion(root: Path) -> Entry:
+    folder = root / "champion" / CHECKPOINT_FOLDER
+    return Entry(name="champion", folder=folder, title="the champion", **_numbers(folder))
+
+
+def _run(stage: str, folder: Path) -> Entry:
+    title = {"sft": "tuned to chat", "pretrain": "pretrained"}[stage]
+    return Entry(name=f"{stage}/{folder.parent.name}", folder=folder, title=title, **_numbers(folder))
+
+
+def _trials(journal: Path) -> list[Entry]:
+    """The trials of a study that have a number, kept ones first, newest first."""
+    found = []
+    for line in journal.read_text(encoding="utf-8").splitlines():
+        try:
+            trial = json.loads(line)
+            run, number = trial["runs"][0], trial["number"]
+            folder = journal.parent / run["folder"] / CHECKPOINT_FOLDER
+            entry = Entry(
+                name=f"{journal.parent.name}/{number:03d}",
+                folder=folder,
+                title=trial["proposal"]["title"],
+                decision=trial["decision"],
+                is_kept=folder.is_dir(),
+                **(_numbers(folder) | {"val_bpb": trial["val_bpb"]}),
+            )
+        except (ValueError, KeyError, IndexError, TypeError):
+            continue  # invalid trials have no run; a line cut by a kill is no trial
+        found.append(entry)
+    return sorted(reversed(found), key=lambda entry: not entry.is_kept)
+
+
+def _canonical(name: str) -> str:
+    """first/4 -> first/004."""
+    study, _, rest = name.removeprefix(f"{STUDIES}/").partition("/")
+    number, slash, seed = rest.partition("/")
+    return f"{study}/{int(number):03d}{slash}{seed}" if number.isdecimal() else name
+
+
+def _trial_seed(name: str, root: Path) -> Path | None:
+    """first/004/seed_2 -> its checkpoint."""
+    parts = name.split("/")
+    if len(parts) != 3 or ".." in parts:
+        return None
+    folder = root / STUDIES / parts[0] / "trials" / parts[1] / parts[2] / CHECKPOINT_FOLDER
+    return folder if folder.is_dir() else None
+
+
+def _folder(place: str) -> Path | None:
+    folder = checkpoint.folder_of(place)
+    return folder if (folder / checkpoint.WEIGHTS_FILE).is_file() else None
+
+
+def _kept(entry: Entry) -> Entry:
+    if entry.is_kept:
+        return entry
+    study, number = entry.name.split("/")
+    raise ConfigError(
+        f"{entry.name}: its checkpoint was not kept ({entry.decision}). A study started with "
+        "study.keep_checkpoints=true keeps all of them. To train this one again: "
+        f"git worktree add ../{study}-{number} refs/trials/{study}/{number} && "
+        f"cd ../{study}-{number} && PYTHONPATH=src python -m nightshift.pretrain"
+    )
+
+
+def _not_there(name: str, names: list[str]) -> str:
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    hint = f" Nearest: {close[0]}." if close else ""
+    there = ", ".join(names[:6]) or "none yet: run dvc repro, or nightshift pretrain"
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return f"{name}: there is no such checkpoint.{hint} There are: {there}{more}"
