@@ -246,22 +246,21 @@ def quiet_lightning() -> None:
 
 
 def samples(model, tokenizer, config: Config) -> list[dict[str, str]]:
-    from nightshift.generate import complete
+    from nightshift.generate import Engine, Sampling
 
     e = config.evaluate
-    return (
-        [
-            {
-                "prompt": prompt,
-                "completion": complete(
-                    model, tokenizer, prompt, e.sample_tokens, e.temperature, seed
-                ),
-            }
-            for seed, prompt in enumerate(e.sample_prompts)
-        ]
-        if e.sample_tokens
-        else []
-    )
+    if not e.sample_tokens or not e.sample_prompts:
+        return []
+    prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in e.sample_prompts]
+    wanted = [
+        Sampling(max_tokens=e.sample_tokens, temperature=e.temperature, seed=seed)
+        for seed in range(len(prompts))
+    ]
+    done = Engine(model, tokenizer).generate(prompts, wanted)
+    return [
+        {"prompt": prompt, "completion": completion.text}
+        for prompt, completion in zip(e.sample_prompts, done, strict=True)
+    ]
 
 
 def commit_of(root: Path) -> str | None:
