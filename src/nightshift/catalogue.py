@@ -14,6 +14,7 @@ That code then runs in this process, with this user's rights: show trials that y
 import difflib
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -55,8 +56,8 @@ def entries(root: Path = ROOT) -> list[Entry]:
     return found
 
 
-def find(name: str, root: Path = ROOT) -> Entry:
-    """Raises ConfigError: the name, what there is, what to do."""
+def find(name: str, root: Path = ROOT, *, paths: bool = True) -> Entry:
+    """Raises ConfigError: the name, what there is, what to do. `paths`: may it be any folder?"""
     known = {entry.name: entry for entry in entries(root)}
     wanted = _canonical(name)
     if wanted in known:
@@ -66,7 +67,7 @@ def find(name: str, root: Path = ROOT) -> Entry:
         newest = [entry for entry in known.values() if entry.name.startswith(f"{stage}/")]
         if newest:
             return newest[0]
-    if (folder := _trial_seed(wanted, root)) or (folder := _folder(name)):
+    if (folder := _trial_seed(wanted, root)) or (folder := paths and _folder(name)):
         return Entry(name=name, folder=folder, **_numbers(folder))
     raise ConfigError(_not_there(name, [n for n, e in known.items() if e.is_kept]))
 
@@ -150,7 +151,9 @@ def _champion(root: Path) -> Entry:
 
 def _run(stage: str, folder: Path) -> Entry:
     title = {"sft": "tuned to chat", "pretrain": "pretrained"}[stage]
-    return Entry(name=f"{stage}/{folder.parent.name}", folder=folder, title=title, **_numbers(folder))
+    return Entry(
+        name=f"{stage}/{folder.parent.name}", folder=folder, title=title, **_numbers(folder)
+    )
 
 
 def _trials(journal: Path) -> list[Entry]:
@@ -184,10 +187,11 @@ def _canonical(name: str) -> str:
 
 def _trial_seed(name: str, root: Path) -> Path | None:
     """first/004/seed_2 -> its checkpoint."""
-    parts = name.split("/")
-    if len(parts) != 3 or ".." in parts:
+    found = re.fullmatch(r"([\w.-]+)/(\d{3})/(seed_\d+)", name)
+    if not found:
         return None
-    folder = root / STUDIES / parts[0] / "trials" / parts[1] / parts[2] / CHECKPOINT_FOLDER
+    study, number, seed = found.groups()
+    folder = root / STUDIES / study / "trials" / number / seed / CHECKPOINT_FOLDER
     return folder if folder.is_dir() else None
 
 

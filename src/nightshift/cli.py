@@ -18,6 +18,10 @@ COMMANDS = {
         "train one model; -m sweeps: -m optim.matrix_lr=0.01,0.02,0.04",
     ),
     "evaluate": ("nightshift.fixed.evaluate", "score a run again: run=outputs/pretrain/<run>"),
+    "chat": ("nightshift.chat", "talk to a checkpoint in the terminal"),
+    "serve": ("nightshift.serve", "OpenAI-compatible API and a web page to chat and compare"),
+    "export": ("nightshift.export", "a checkpoint -> a folder for the Hugging Face libraries"),
+    "lm-eval": ("nightshift.harness", "EleutherAI's harness on a checkpoint"),
     "ui": ("nightshift.ui", "open the MLflow UI on the right store"),
 }
 
