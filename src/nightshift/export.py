@@ -237,9 +237,9 @@ pipeline_tag: text-generation
 {table}
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-tokenizer = AutoTokenizer.from_pretrained("this/folder")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("this/folder")
 model = AutoModelForCausalLM.from_pretrained("this/folder", trust_remote_code=True)
 prompt = tokenizer("<|bos|>My fellow Americans,", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
