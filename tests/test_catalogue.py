@@ -1,6 +1,7 @@
 """Checkpoints are found by name, and each gets the model that it was trained with."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -21,9 +22,6 @@ def root(tmp_path_factory) -> Path:
     tiny_checkpoint.make(root / "outputs/pretrain/old", work, val_bpb=1.6)
     tiny_checkpoint.make(root / "outputs/pretrain/new", work, val_bpb=1.55)
     weights = root / "outputs/pretrain/old/checkpoint" / checkpoint.WEIGHTS_FILE
-    Path(weights).touch()
-    import os
-
     os.utime(weights, (1, 1))
     tiny_checkpoint.make_trial(root, work, 0, "keep")
     tiny_checkpoint.make_trial(root, work, 1, "discard", kept=False)

@@ -355,7 +355,8 @@ class Answer:
         return {
             "tokens": [token.text for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{text: value for text, _, value in t.top} for t in tokens],
+            # Reversed: of several tokens with one text (halves of characters) the likeliest stays.
+            "top_logprobs": [{text: value for text, _, value in reversed(t.top)} for t in tokens],
             "text_offset": offsets,
         }
 
