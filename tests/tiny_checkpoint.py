@@ -30,6 +30,7 @@ def make(run: Path, work: Path, gpt=GPT, commit=None, val_bpb=None, seed=0, **ch
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
+        model.head.weight[len(tokenizer.ranks) :] = 0  # it hardly ever ends its answer by itself
     checkpoint.save(run / CHECKPOINT_FOLDER, model, config, tokenizer)
     (run / TRAINING_FILE).write_text(json.dumps({"status": "ok", "commit": commit}))
     if val_bpb is not None:

@@ -15,6 +15,7 @@ catalogue.py. Without a key every program of this machine may use it; a page of 
 import argparse
 import asyncio
 import hmac
+import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -342,7 +343,7 @@ def main(arguments: list[str]) -> int:
     args = parser().parse_args(arguments)
     api_key = os.environ.get(KEY_VARIABLE) or None
     try:
-        default = catalogue.find(args.checkpoint) if args.checkpoint else catalogue.default()
+        default = choose(args.checkpoint, args.root)
         device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         port = free_port(args.host, args.port)
     except ConfigError as error:
@@ -350,19 +351,27 @@ def main(arguments: list[str]) -> int:
         return 2
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    app = build_app(Hosts(default, device, args.keep_loaded, ROOT), api_key, args.host)
+    app = build_app(Hosts(default, device, args.keep_loaded, args.root), api_key, args.host)
     shown = f"[{args.host}]" if ":" in args.host else args.host
     print(f"{default.name} on http://{shown}:{port}  (API: http://{shown}:{port}/v1)")
     if args.host not in LOOPBACK and not api_key:
         print(f"anybody who reaches {args.host} can use it: set {KEY_VARIABLE}", file=sys.stderr)
     print("Ctrl-C stops it.", flush=True)
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # a client that is gone is no news
     uvicorn.run(app, host=args.host, port=port, log_level="warning", timeout_graceful_shutdown=2)
     return 0
+
+
+def choose(name: str | None, root: Path) -> catalogue.Entry:
+    return catalogue.find(name, root) if name else catalogue.default(root)
 
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="nightshift serve", description=__doc__.splitlines()[0])
     found.add_argument("checkpoint", nargs="?", help="default model: champion, first/4, a folder")
+    found.add_argument(
+        "--root", type=Path, default=ROOT, help="the checkout whose models are shown"
+    )
     found.add_argument("--host", default=LOOPBACK[0], help="address to listen on (%(default)s)")
     found.add_argument("--port", type=int, default=8000, help="first port to try (%(default)s)")
     found.add_argument("--device", help="cpu or cuda (cuda if there is one)")
