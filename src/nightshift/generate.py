@@ -330,11 +330,14 @@ def padded(rows: Sequence[Row], device: torch.device) -> tuple[Tensor, list[int]
     """(tokens (B, T) filled up on the right, lengths). What is on the right of a causal model's
     last token cannot reach it."""
     windows = [row.window for row in rows]
-    lengths = [len(window) for window in windows]
-    tokens_BT = torch.zeros(len(rows), max(lengths), dtype=torch.long)
-    for row, window in enumerate(windows):
-        tokens_BT[row, : len(window)] = torch.tensor(window)
-    return tokens_BT.to(device), lengths
+    return padded_tokens(windows).to(device), [len(window) for window in windows]
+
+
+def padded_tokens(texts: Sequence[Sequence[int]]) -> Tensor:
+    tokens_BT = torch.zeros(len(texts), max(len(text) for text in texts), dtype=torch.long)
+    for row, text in enumerate(texts):
+        tokens_BT[row, : len(text)] = torch.tensor(text)
+    return tokens_BT
 
 
 def last_of(logits_BTV: Tensor, lengths: Sequence[int]) -> Tensor:
