@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -44,8 +45,14 @@ def test_every_checkpoint_has_a_name_champion_first_newest_first(root):
     assert not by_name["first/001"].is_kept
 
 
-def test_the_default_is_the_champion(root):
+def test_the_default_is_the_champion_tuned_to_chat_if_it_is(root, tmp_path):
     assert catalogue.default(root).name == "champion"
+    shutil.copytree(root / "champion", tmp_path / "champion")
+    shutil.copytree(root / "champion", tmp_path / "champion/chat")
+    result = {"metrics": {"chat_bpb": 1.25}}
+    (tmp_path / "champion/chat/chat_result.json").write_text(json.dumps(result))
+    entry = catalogue.default(tmp_path)
+    assert (entry.name, entry.chat_bpb) == ("champion/chat", 1.25)
 
 
 def test_without_any_checkpoint_the_default_says_what_to_run(tmp_path):

@@ -1,5 +1,6 @@
 """Every checkpoint of this checkout by a short name, and the model that belongs to it.
 
+champion/chat            champion/chat/checkpoint, the champion tuned to chat (`dvc repro sft`)
 champion                 champion/checkpoint, what `dvc repro` made
 sft/<run>                outputs/sft/<run>/checkpoint; sft/latest is the newest
 pretrain/<run>           outputs/pretrain/<run>/checkpoint
@@ -27,8 +28,10 @@ from nightshift.fixed import checkpoint
 from nightshift.fixed.config import ROOT, Config, ConfigError
 from nightshift.fixed.result import CHECKPOINT_FOLDER, RESULT_FILE, TRAINING_FILE
 from nightshift.fixed.tokenizer import Tokenizer
+from nightshift.sft import CHAT_RESULT_FILE
 
 MODEL_FILE = "src/nightshift/model.py"
+CHAMPIONS = {"champion/chat": "the champion, tuned to chat", "champion": "the champion"}
 STAGES = ("sft", "pretrain")
 STUDIES = "outputs/studies"
 
@@ -38,15 +41,16 @@ class Entry:
     name: str
     folder: Path  # the checkpoint's
     title: str = ""  # for a person
-    val_bpb: float | None = None
+    val_bpb: float | None = None  # bits per byte of held-out text
+    chat_bpb: float | None = None  # of held-out answers, for what was tuned to chat
     decision: str | None = None  # of a trial
     is_kept: bool = True  # false: a trial whose checkpoint was deleted, or never made
     created: int = 0  # Unix time
 
 
 def entries(root: Path = ROOT) -> list[Entry]:
-    """All there are; champion first, then runs and trials, newest first."""
-    found = [_champion(root)] if (root / "champion" / CHECKPOINT_FOLDER).is_dir() else []
+    """All there are; the champion first, then runs and trials, newest first."""
+    found = [entry for name in CHAMPIONS if (entry := _champion(root, name))]
     for stage in STAGES:
         runs = root.glob(f"outputs/{stage}/*/{CHECKPOINT_FOLDER}")
         found += sorted((_run(stage, run) for run in runs), key=lambda e: -e.created)
@@ -73,7 +77,7 @@ def find(name: str, root: Path = ROOT, *, paths: bool = True) -> Entry:
 
 
 def default(root: Path = ROOT) -> Entry:
-    """The champion; before there is one, the newest run. Raises ConfigError."""
+    """The champion, tuned to chat if it is; else the newest run. Raises ConfigError."""
     usable = [entry for entry in entries(root) if entry.is_kept]
     if not usable:
         raise ConfigError("there is no checkpoint yet. Run: dvc repro, or nightshift pretrain")
@@ -125,9 +129,13 @@ def model_class(source: str) -> type:
 
 
 def facts(folder: Path) -> dict:
-    """What the run of a checkpoint says of itself: training.json, and val_bpb of result.json."""
-    training = _read(folder.parent / TRAINING_FILE)
-    return training | {"val_bpb": _read(folder.parent / RESULT_FILE).get("val_bpb")}
+    """What the run of a checkpoint says of itself: training.json, val_bpb and chat_bpb."""
+    run = folder.parent
+    numbers = _read(run / CHAT_RESULT_FILE).get("metrics") or {}
+    return _read(run / TRAINING_FILE) | {
+        "val_bpb": _read(run / RESULT_FILE).get("val_bpb"),
+        "chat_bpb": numbers.get("chat_bpb"),
+    }
 
 
 def _read(path: Path) -> dict:
@@ -141,12 +149,15 @@ def _read(path: Path) -> dict:
 def _numbers(folder: Path) -> dict:
     weights = folder / checkpoint.WEIGHTS_FILE
     created = int(weights.stat().st_mtime) if weights.exists() else 0
-    return {"val_bpb": facts(folder)["val_bpb"], "created": created}
+    known = facts(folder)
+    return {name: known[name] for name in ("val_bpb", "chat_bpb")} | {"created": created}
 
 
-def _champion(root: Path) -> Entry:
-    folder = root / "champion" / CHECKPOINT_FOLDER
-    return Entry(name="champion", folder=folder, title="the champion", **_numbers(folder))
+def _champion(root: Path, name: str) -> Entry | None:
+    folder = root / name / CHECKPOINT_FOLDER
+    if not folder.is_dir():
+        return None
+    return Entry(name=name, folder=folder, title=CHAMPIONS[name], **_numbers(folder))
 
 
 def _run(stage: str, folder: Path) -> Entry:

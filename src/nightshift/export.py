@@ -210,31 +210,32 @@ def check_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 # -- the card ------------------------------------------------------------------------------------
 
 
-def model_card(folder: Path, config: Config, tokenizer: Tokenizer) -> str:
-    """What a reader needs: what it is, its number, how it is loaded, what it is not."""
-    facts = catalogue.facts(folder)
-    corpus = config.corpus.repo or config.corpus.source
-    number = facts.get("val_bpb")
+def facts_table(folder: Path, config: Config, tokenizer: Tokenizer) -> str:
+    """What the checkpoint is and what was measured, as Markdown."""
+    known, model = catalogue.facts(folder), config.model
     rows = {
-        "parameters": facts.get("num_params"),
-        "layers, width, context": f"{config.model.depth}, {config.model.width}, "
-        f"{config.model.seq_len} tokens",
+        "parameters": known.get("num_params"),
+        "layers, width, context": f"{model.depth}, {model.width}, {model.seq_len} tokens",
         "vocabulary": tokenizer.vocab_size,
-        "corpus": corpus,
-        "training tokens": facts.get("tokens"),
-        "val_bpb": None if number is None else f"{number:.4f} bits per byte of held-out text",
-        "commit": facts.get("commit"),
+        "corpus": config.corpus.repo or config.corpus.source,
+        "training tokens": known.get("tokens"),
+        "val_bpb (bits per byte of held-out text)": known["val_bpb"],
+        "chat_bpb (bits per byte of held-out answers)": known["chat_bpb"],
+        "commit": known.get("commit"),
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items() if value is not None)
+    lines = [f"| {key} | {value} |" for key, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def model_card(folder: Path, config: Config, tokenizer: Tokenizer) -> str:
+    """What a reader needs: what it is, its numbers, how it is loaded, what it is not."""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
 ---
 # A model by nightshift
 
-| | |
-|---|---|
-{table}
+{facts_table(folder, config, tokenizer)}
 
 ```python
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast

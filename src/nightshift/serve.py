@@ -1,6 +1,6 @@
 """Talk to checkpoints over HTTP: OpenAI's API, and a web page on the same address.
 
-    nightshift serve                      the champion, on http://127.0.0.1:8000
+    nightshift serve                      the champion (tuned to chat, if it is), on http://127.0.0.1:8000
     nightshift serve first/4 --port 9000  another default; every checkpoint can be asked for
     NIGHTSHIFT_API_KEY=... nightshift serve --host 0.0.0.0
 
@@ -137,7 +137,7 @@ async def checkpoints(request: HttpRequest) -> Response:
     if hosts.default.name not in {entry.name for entry in found}:
         found.insert(0, hosts.default)
     rows = [
-        {"name": e.name, "title": e.title, "val_bpb": e.val_bpb}
+        {"name": e.name, "title": e.title, "val_bpb": e.val_bpb, "chat_bpb": e.chat_bpb}
         | {"decision": e.decision, "is_kept": e.is_kept}
         for e in found
     ]
