@@ -1,12 +1,19 @@
 """Chat sets in every layout, questions made by program, splits that follow from the question."""
 
+import http.server
 import json
+import os
+import subprocess
+import sys
+import threading
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from chat_tiny import chat_config, write_chats
+from test_corpus import Hub
 
 from nightshift import conversation
 from nightshift.fixed import chat_sources, chats, store, tasks
@@ -144,6 +151,42 @@ def test_too_few_conversations_say_so(tmp_path):
     )
     with pytest.raises(ConfigError, match="too few to split"):
         chats.ensure_chats(cfg)
+
+
+@pytest.mark.slow
+def test_a_chat_set_of_the_hub_is_downloaded_and_read(tmp_path):
+    """From a local stand-in of the hub's interface, in SmolTalk's layout."""
+    asked = [{"role": "user", "content": f"{i}: two and two?"} for i in range(90)]
+    talk = [[q, {"role": "assistant", "content": f"Four, {i}."}] for i, q in enumerate(asked)]
+    pq.write_table(pa.table({"messages": talk}), tmp_path / "train-0.parquet")
+    files = {"train-0.parquet": (tmp_path / "train-0.parquet").read_bytes()}
+    handler = type("Handler", (Hub,), {"files": files, "requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    cfg = chat_config(
+        tmp_path,
+        **{"conversations.source": "hub", "conversations.repo": "someone/texts"},
+        **{"conversations.tasks": dict.fromkeys(tasks.TASKS, 0)},
+    )
+    program = (
+        "import sys; from nightshift.fixed import config, chats\n"
+        "settings = config.Config.model_validate_json(sys.stdin.read())\n"
+        "print(chats.ensure_chats(settings))\n"
+    )
+    address = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=cfg.model_dump_json(),
+        env=os.environ | address | {"HF_HUB_DISABLE_XET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    server.shutdown()
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    read = [c.messages for split in chats.SPLITS for c in chats.read_chats(folder, split)]
+    assert sorted(m[1]["content"] for m in read) == sorted(t[1]["content"] for t in talk)
+    assert store.read_manifest(folder)["sources"][0]["commit"] == Hub.commit
 
 
 # -- questions made by program
