@@ -54,6 +54,9 @@ class Run:
     mfu: float | None = None
     num_params: int | None = None
     folder: str | None = None  # relative to the study's folder
+    work: float | None = None  # time of training over time of scoring, for a token
+    weights_sha256: str | None = None
+    protections: dict[str, list[str]] | None = None  # layers of the sandbox
 
 
 @dataclass(kw_only=True)

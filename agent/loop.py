@@ -9,6 +9,7 @@ started again with the same command. Ctrl-C stops the running trial and leaves n
 
 import json
 import shlex
+import statistics
 import sys
 import time
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from agent.decide import decide, measure_noise, next_seed, repeated
 from agent.journal import Proposal, Trial, proposal_from_json
 from agent.proposers import Context, mixed
 from agent.settings import StudyError, read_plan
-from agent.study import Study, marks_of, open_study, settle, stop_on_signals
+from agent.study import BASE_FOLDER, Study, marks_of, open_study, settle, stop_on_signals
 from agent.trial import PREPARE_LIMIT_S, Bench, Interrupted, data_digest
 from agent.warm import StartError
 from nightshift.fixed.config import ROOT, ConfigError
@@ -166,7 +167,13 @@ def apply(study: Study, trial: Trial, tree: Path, folder: Path, commit: str):
             )
     # The machine's side is the study's own, whatever conf/runtime says at the commit.
     given = study.plan.config
-    config = config.model_copy(update={"runtime": given.runtime, "tracking": given.tracking})
+    config = config.model_copy(
+        update={
+            "runtime": given.runtime,
+            "sandbox": given.sandbox,
+            "tracking": given.tracking,
+        }
+    )
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(config.model_dump()), folder / "config.yaml")
     return config
@@ -180,6 +187,9 @@ def bench(study: Study, trial: Trial, tree: Path, folder: Path, config) -> Bench
         study_folder=study.folder,
         folder=folder,
         tree=tree,
+        base=study.folder / BASE_FOLDER,
+        code=workspace.code_digests(tree, study.settings["first_commit"]),
+        baseline_work=baseline_work(study) if trial.parent is not None else None,
         config=config,
         own_cache=shared if trial.parent is None else folder / "cache",
         shared_cache=shared,
@@ -187,6 +197,12 @@ def bench(study: Study, trial: Trial, tree: Path, folder: Path, config) -> Bench
         stop=study.stop,
         show=study.view.show,
     )
+
+
+def baseline_work(study: Study) -> float | None:
+    """The median of the baseline's runs (agent/trial.py: WORK_LIMIT)."""
+    known = [run.work for run in study.journal.trials[0].runs if run.work]
+    return statistics.median(known) if known else None
 
 
 def run_seeds(study: Study, trial: Trial, parent: Trial | None, on: Bench) -> None:

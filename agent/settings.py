@@ -23,7 +23,14 @@ from nightshift.fixed.config import (
     require_corpus,
 )
 
-HARNESS_KEYS = ("parent_run_id", "run_name", "resume", "runtime", "tracking")  # not what is learned
+HARNESS_KEYS = (
+    "parent_run_id",
+    "run_name",
+    "resume",
+    "runtime",
+    "sandbox",
+    "tracking",
+)  # not what is learned
 MAY_CHANGE = ("trials", "warm", "keep_checkpoints")  # when a study is started again
 
 

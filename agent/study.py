@@ -6,11 +6,14 @@ weights of what was kept.
 """
 
 import fcntl
+import functools
 import json
 import os
 import shutil
 import signal
-from contextlib import contextmanager
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,8 +26,12 @@ from agent.tracking import Mirror
 from agent.trial import Interrupted, Stop
 from agent.view import View, summary
 from agent.warm import MARK, STUDY_MARK, Starter, kill_marked
+from nightshift.fixed.config import ROOT
 from nightshift.fixed.result import CHECKPOINT_FOLDER, write_json
+from nightshift.fixed.sandbox import ENVIRONMENT
 from nightshift.fixed.tracking import open_store
+
+BASE_FOLDER = "base"  # in the study's folder: a worktree of its first commit, the harness's code
 
 
 @dataclass(kw_only=True)
@@ -109,13 +116,40 @@ def stop_on_signals():
             signal.signal(number, handler)
 
 
+def examine_sandbox(plan: Plan) -> dict:
+    """What holds here: {"layers": ..., "open": [...]}. Raises StudyError if that is too little."""
+    found = ask_doctor()
+    if refused := [name for name in plan.config.sandbox.require if name in found["open"]]:
+        raise StudyError(
+            f"sandbox.require: {', '.join(refused)} does not hold on this machine; "
+            "`nightshift doctor` shows which attack got through. Take it out of sandbox.require, "
+            "or run the study elsewhere"
+        )
+    return {"layers": found["layers"], "open": found["open"]}
+
+
+@functools.cache
+def ask_doctor() -> dict:
+    """`nightshift doctor --json`. Raises StudyError."""
+    command = [sys.executable, "-m", "nightshift.fixed.doctor", "--json"]
+    environment = {k: v for k, v in os.environ.items() if k in ENVIRONMENT}
+    environment["PYTHONPATH"] = str(ROOT / "src")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
+        last = (done.stderr.strip() or "no message").splitlines()[-1]
+        raise StudyError(f"the sandbox cannot be examined: {last}. Try nightshift doctor") from None
+
+
 @contextmanager
 def open_study(repo: Path, plan: Plan, stop: Stop):
     """A study that is ready to run, alone, with nothing left of an earlier process."""
     base = workspace.base_commit(repo)
     name, folder = plan.study.name, repo / "outputs/studies" / plan.study.name
-    with lock(folder, name):
+    with lock(folder, name), ExitStack() as bases:
         kill_marked(folder)
+        sandbox = examine_sandbox(plan)
         journal = read_journal(folder)
         settings = recall(repo, folder, plan, journal)
         workspace.remove_worktrees_under(repo, folder)
@@ -125,9 +159,18 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
         try:
             store = open_store(plan.config.tracking)
             settings = settings or begin(repo, folder, plan, base)
+            bases.enter_context(
+                workspace.worktree(repo, folder / BASE_FOLDER, settings["first_commit"])
+            )
             mirror = Mirror(store, name, folder)
             mirror.open_study(flat_settings(settings), settings["base_commit"])
+            settings["sandbox"] = sandbox
             view = View(journal, plan.study.trials)
+            if sandbox["open"]:
+                view.note(
+                    f"this machine's sandbox does not hold for: {', '.join(sandbox['open'])} "
+                    "(nightshift doctor). Each run's record says so"
+                )
             study = Study(
                 repo=repo,
                 folder=folder,

@@ -186,6 +186,7 @@ class Mirror:
             "data_digest": trial.data_digest,
             "seeds": " ".join(map(str, trial.seeds)) or None,
             "lines": f"+{trial.lines_added} -{trial.lines_removed}",
+            **protection_tags(trial),
         }
 
     def _fill(self, child: RunLog, trial: Trial, ended_ms: int | None) -> None:
@@ -245,6 +246,17 @@ def run_name(trial: Trial) -> str:
 
 def journal_digest(trial: Trial) -> str:
     return digest(asdict(trial))
+
+
+def protection_tags(trial: Trial) -> dict[str, str]:
+    """Layers of the sandbox that the trial's runs had, and the protections that had none."""
+    seen = [run.protections for run in trial.runs if run.protections]
+    if not seen:
+        return {}
+    first = seen[0]
+    held = [f"{name}: {'+'.join(layers)}" for name, layers in first.items() if layers]
+    missing = sorted({name for layers in seen for name in layers if not layers[name]})
+    return {"protections": ", ".join(held), "protections.off": ", ".join(missing) or "none"}
 
 
 def trial_metrics(trial: Trial) -> dict[str, Any]:

@@ -1,14 +1,21 @@
 """Run one trial: preflight, then a training and an evaluation for each seed, as child processes.
 
-Nothing that a child says by its exit code is believed: training.json and result.json are read, and
-a result counts only if it comes from the code, seed and configuration that were started. Whatever a
-run leaves running is killed, also what forked itself out of its process group (warm.py).
+The processes started here run the study's base commit. They put the candidate's code into a sandbox
+(fixed/prepare.py, train.py, evaluate.py) and write training.json and result.json.
+
+Covered: a result counts only if its binding is that of what was started: code on both sides of the
+line, configuration, seed, budget, weights and protections. Processes see no credentials; whatever a
+run leaves running is killed (warm.py). Under a budget in tokens or steps, work beyond WORK_LIMIT
+times the baseline's for a token is refused.
+Not covered: work below that limit; under such a budget a trial may use its time better or worse.
 """
 
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,16 +38,19 @@ from nightshift.fixed.result import (
     read_result,
     read_training,
 )
+from nightshift.fixed.sandbox import ENVIRONMENT, missing
 
-PRETRAIN, EVALUATE = "nightshift.pretrain", "nightshift.fixed.evaluate"
-EVALUATE_LIMIT_S = 120.0  # on top of the budget's wall limit
+PREPARE, TRAIN = "nightshift.fixed.prepare", "nightshift.fixed.train"
+EVALUATE, FETCH = "nightshift.fixed.evaluate", "nightshift.fixed.corpus"
+DOING = {PREPARE: "the preparation", TRAIN: "training", EVALUATE: "evaluation"}
+EVALUATE_LIMIT_S = 60.0  # on top of evaluate.limit_s, which the evaluation keeps itself
+WORK_LIMIT = 4.0  # times the baseline's time of training over time of scoring, for a token
 PREPARE_LIMIT_S = (
     24 * 3600.0
 )  # the baseline's preflight fetches the corpus and trains the tokenizer
 PREFLIGHT_BYTES = 5_000  # of val text
 POLL_S = 0.1
 OUTSIDE_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM)
-PRIVATE = ("PYTHON", "GIT_", "HYDRA_", "MLFLOW_")  # variables that a run does not inherit
 
 
 class Interrupted(Exception):
@@ -66,6 +76,11 @@ class Bench:
     study_folder: Path
     folder: Path  # trials/NNN of it
     tree: Path  # the worktree
+    base: Path  # a worktree of the study's base commit: the harness's own code
+    code: tuple[
+        str, str
+    ]  # digests that git has of the code: fixed (base's), editable (the trial's)
+    baseline_work: float | None  # of the baseline's runs; None for themselves
     config: Config  # resolved; seed, budget and runtime are set for each run
     own_cache: Path  # where the runs may write data
     shared_cache: Path  # where they may only read
@@ -80,15 +95,17 @@ class Bench:
         folder.mkdir(parents=True)
         config = self._write_config(folder, seed, changes)
         problem = self._train(folder, name, limit_s)
-        result = problem or self._evaluate(folder, name, limit_s + EVALUATE_LIMIT_S, config)
+        result = problem or self._evaluate(folder, name, config)
         return self._numbers(seed, result, folder, time.monotonic() - started)
 
     def preflight(self, seed: int, num_steps: int, limit_s: float) -> Run:
-        """A run of a few steps and a small evaluation: most mistakes show here, for seconds."""
+        """Data, a few steps and a small evaluation: most mistakes show here, for seconds."""
+        if problem := self._prepare(seed, limit_s):
+            return self._numbers(seed, problem, self.folder / "prepare", 0.0)
         return self.run(
             "preflight",
             seed,
-            limit_s,
+            min(limit_s, self.config.budget.wall_limit_s),
             budget={"kind": "steps", "amount": float(num_steps)},
             evaluate={"max_bytes": PREFLIGHT_BYTES, "sample_prompts": []},
             runtime={"num_dev_points": 0},
@@ -110,50 +127,94 @@ class Bench:
         OmegaConf.save(OmegaConf.create(config.model_dump()), folder / CONFIG_FILE)
         return config
 
+    def _prepare(self, seed: int, limit_s: float) -> Result | None:
+        """Corpus, tokenizer and tokens of this configuration; what went wrong, or None."""
+        folder = self.folder / "prepare"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._write_config(folder, seed, {})
+        self.show("preparing the data")
+        fetched = self.own_cache != self.shared_cache or self._fetch(folder, limit_s)
+        return self._execute(PREPARE, folder, limit_s) if fetched else _crash("", folder, self.tree)
+
+    def _fetch(self, folder: Path, limit_s: float) -> bool:
+        """The baseline fetches the corpus, with the user's environment: a hub may want a token. A
+        process of its own, for no candidate may be forked from one that knows it."""
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "GIT_"))}
+        environment |= self.marks | {"PYTHONPATH": str(self.base / "src")}
+        command = [sys.executable, "-m", FETCH, f"run={folder}"]
+        deadline = time.monotonic() + limit_s
+        with open(folder / LOG_FILE, "ab") as log:
+            process = subprocess.Popen(
+                command,
+                cwd=self.base,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        try:
+            while process.poll() is None and time.monotonic() < deadline:
+                self.stop.check()
+                time.sleep(POLL_S / 2)
+            return process.poll() == 0
+        finally:
+            process.kill()
+            process.wait()
+
     def _train(self, folder: Path, name: str, limit_s: float) -> Result | None:
         """What went wrong, or None: there is a checkpoint to evaluate."""
         self.show(f"{name}: training")
-        args = ["--config-path", str(folder), "--config-name", Path(CONFIG_FILE).stem]
-        args += [f"hydra.run.dir={_quoted(folder)}", "hydra.output_subdir=null"]
-        args += ["hydra/job_logging=none", "hydra/hydra_logging=none"]
-        if problem := self._execute(PRETRAIN, args, folder, limit_s):
-            return problem
+        problem = self._execute(TRAIN, folder, limit_s)
         training = _read(read_training, folder / TRAINING_FILE)
-        if training is None:
-            return _crash("training", folder, self.tree)
-        if training.status != "ok":
+        if training is not None and training.status != "ok":
             return Result(status=training.status, message=training.message, training=training)
+        if problem or training is None:
+            return problem or _crash("training", folder, self.tree)
         if not (folder / CHECKPOINT_FOLDER).is_dir():
             return Result(status="invalid", message="training left no checkpoint")
         return None
 
-    def _evaluate(self, folder: Path, name: str, limit_s: float, config: Config) -> Result:
+    def _evaluate(self, folder: Path, name: str, config: Config) -> Result:
         self.show(f"{name}: evaluating")
-        (folder / RESULT_FILE).unlink(missing_ok=True)  # planted by training, or half a run's
-        if problem := self._execute(EVALUATE, [f"run={folder}"], folder, limit_s):
-            return problem
+        (folder / RESULT_FILE).unlink(missing_ok=True)  # half a run's
+        problem = self._execute(EVALUATE, folder, config.evaluate.limit_s + EVALUATE_LIMIT_S)
         result = _read(read_result, folder / RESULT_FILE)
         if result is None:
-            return _crash("evaluation", folder, self.tree)
-        return distrust(result, self.tree, config)
+            return problem or _crash("evaluation", folder, self.tree)
+        return self._too_much_work(distrust(result, self.code, config), config)
 
-    def _execute(self, module: str, args: list[str], folder: Path, limit_s: float) -> Result | None:
+    def _too_much_work(self, result: Result, config: Config) -> Result:
+        """Under a budget in tokens or steps: time of training over time of scoring, for a token."""
+        mine = work(result)
+        if config.budget.kind == "seconds" or not (mine and self.baseline_work):
+            return result
+        if mine <= WORK_LIMIT * self.baseline_work:
+            return result
+        message = (
+            f"training took {mine:.1f} times as long for a token as scoring does; the baseline "
+            f"takes {self.baseline_work:.1f} times (limit: {WORK_LIMIT:g} times that). A budget in "
+            "tokens or steps allows one pass over each batch; with budget.kind=seconds work is "
+            "paid for in time"
+        )
+        return Result(status="invalid", message=message, training=result.training)
+
+    def _execute(self, module: str, folder: Path, limit_s: float) -> Result | None:
         """Run a module to its end. Returns what went wrong, or None; its files say the rest.
 
         A process that somebody outside killed is started once more.
         """
-        what = "training" if module == PRETRAIN else "evaluation"
-        for attempt in (1, 2):
+        what, args = DOING[module], [f"run={folder}", f"tree={self.tree}"]
+        for _ in range(2):
             code = self._attempt(module, args, folder / LOG_FILE, limit_s)
             if code is None:
                 message = f"{what} passed the wall limit of {limit_s:g} s and was killed"
                 return Result(status="timeout", message=message)
-            training = _read(read_training, folder / TRAINING_FILE)
-            stopped = module == PRETRAIN and training is not None and training.interrupted
-            if code not in OUTSIDE_SIGNALS and not stopped:
+            if code == 0:
                 return None
-            if attempt == 1 and module == PRETRAIN:
-                _empty(folder)
+            if code not in OUTSIDE_SIGNALS:
+                return _crash(what, folder, self.tree)
         message = f"{what} was killed from outside twice (signal 9 or 15). Is memory short?"
         return Result(status="crash", message=message)
 
@@ -161,7 +222,7 @@ class Bench:
         """Exit status, or None after the wall limit. Leaves no process of the trial behind."""
         deadline = time.monotonic() + limit_s
         number = self.starter.start(
-            module, args, src=self.tree / "src", env=self._environment(), log=log
+            module, args, src=self.base / "src", env=self._environment(), log=log
         )
         try:
             while (code := self.starter.wait(number, POLL_S)) is None:
@@ -173,8 +234,10 @@ class Bench:
             kill_marked(self.study_folder, self.marks[MARK])
 
     def _environment(self) -> dict[str, str]:
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(PRIVATE)}
-        return inherited | self.marks | {"HYDRA_FULL_ERROR": "1", "PYTHONUNBUFFERED": "1"}
+        """No key and no token: candidates are forked from processes that carry this."""
+        inherited = {k: v for k, v in os.environ.items() if k in ENVIRONMENT}
+        place = {"HOME": str(self.study_folder), "PYTHONUNBUFFERED": "1"}
+        return inherited | place | self.marks
 
     def _numbers(self, seed: int, result: Result, folder: Path, wall_s: float) -> Run:
         training = result.training or _read(read_training, folder / TRAINING_FILE)
@@ -195,25 +258,45 @@ class Bench:
             val_bpb=result.val_bpb,
             wall_s=round(wall_s, 3),
             folder=folder.relative_to(self.study_folder).as_posix(),
+            work=work(result),
+            weights_sha256=result.weights_sha256,
+            protections=result.protections or training.protections,
             **{name: getattr(training, name) for name in names},
         )
 
 
-def distrust(result: Result, tree: Path, config: Config) -> Result:
-    """The result, or `invalid` if it is not of what was started."""
-    training = result.training
+def distrust(result: Result, code: tuple[str, str], config: Config) -> Result:
+    """The result, or `invalid` if its binding is not that of what was started."""
     if result.status != "ok":
         return result
+    bound, training = result.binding or {}, result.training
+    started = {
+        "fixed_code": code[0],
+        "editable_code": code[1],
+        "config_digest": config_digest(config),
+        "seed": config.seed,
+        "budget": config.budget.model_dump(),
+        "weights_sha256": training.weights_sha256 if training else None,
+    }
     wrong = None
-    if training is None:
-        wrong = "the result does not say what was trained"
-    elif not training.code or Path(training.code).resolve() != tree.resolve():
-        wrong = f"code was imported from {training.code}, not from the trial's worktree"
-    elif training.seed != config.seed:
-        wrong = f"seed {training.seed} was trained, seed {config.seed} was asked for"
-    elif training.config_digest != config_digest(config):
-        wrong = f"another configuration was trained ({training.config_digest})"
-    return Result(status="invalid", message=wrong, training=training) if wrong else result
+    for key, expected in started.items():
+        if bound.get(key) != expected:
+            wrong = f"its {key} is {bound.get(key)!r}, {expected!r} was started"
+            break
+    if off := missing(result.protections or {}, config.sandbox.require):
+        wrong = f"it was made without the required protections: {', '.join(off)}"
+    if wrong:
+        message = f"the result is not of this trial: {wrong}"
+        return Result(status="invalid", message=message, training=training)
+    return result
+
+
+def work(result: Result) -> float | None:
+    """Time of training over time of scoring, for a token; null where either is unknown."""
+    training = result.training
+    if not (training and training.tokens and training.train_s and result.forward_tokens_per_s):
+        return None
+    return training.train_s / training.tokens * result.forward_tokens_per_s
 
 
 def data_digest(study_folder: Path, run: Run) -> str | None:
@@ -238,18 +321,3 @@ def _crash(what: str, folder: Path, tree: Path) -> Result:
     where = f" ({places[-1][0]}, line {places[-1][1]})" if places else ""
     last = lines[-1][:300] if lines else f"{what} ended without a word"
     return Result(status="crash", message=f"{last}{where}")
-
-
-def _empty(folder: Path) -> None:
-    """Back to a run that was never started, log included."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name not in (CONFIG_FILE, LOG_FILE):
-            path.unlink()
-
-
-def _quoted(path: Path) -> str:
-    """A path as a value of Hydra's override grammar."""
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"

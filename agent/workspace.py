@@ -33,10 +33,9 @@ from nightshift.fixed.config import (
     nearest,
     unflatten,
 )
+from nightshift.fixed.result import EDITABLE_MODULES, digests_of_blobs
 
-CODE_FILES = tuple(
-    f"src/nightshift/{name}.py" for name in ("model", "optim", "schedule", "training", "filtering")
-)
+CODE_FILES = tuple(f"src/nightshift/{name}.py" for name in EDITABLE_MODULES)
 CONF_FOLDERS = tuple(f"conf/{group}" for group in EDITABLE_GROUPS)
 CHAMPION = "conf/trial/champion.yaml"
 RECORDS = ("params.yaml", "dvc.lock", "champion")  # what a kept trial's second commit carries
@@ -292,8 +291,9 @@ def apply(tree: Path, proposal: Proposal, title: str) -> Applied:
     _apply_overrides(tree, proposal.overrides, before)
     for number, edit in enumerate(proposal.edits, 1):
         _apply_edit(tree, edit, f"edit {number} of {len(proposal.edits)}")
-    for path in {edit.path for edit in proposal.edits if edit.path.endswith(".py")}:
+    for path in sorted({edit.path for edit in proposal.edits if edit.path.endswith(".py")}):
         _must_parse(tree, path)
+        _must_not_seed(tree, path)
     config = _resolve_editable(tree, proposal.overrides, before)
     paths = sorted({CHAMPION, *(edit.path for edit in proposal.edits)})
     commit = _commit(tree, f"{title}\n\n{proposal.hypothesis}", paths)
@@ -312,6 +312,31 @@ def apply(tree: Path, proposal: Proposal, title: str) -> Applied:
 def resolve(tree: Path) -> Config:
     """The configuration of a worktree: conf/config.yaml, composed and checked."""
     return check(compose(tree / "conf", "config", []))
+
+
+def code_digests(tree: Path, fixed_at: str) -> tuple[str, str]:
+    """(fixed, editable) digests of the code, as git has it. Raises Refused.
+
+    Fixed as of `fixed_at`, the study's first commit, which the tree's commit must agree with.
+    """
+    fixed, _ = _digests_at(tree, fixed_at)
+    mine, editable = _digests_at(tree, "HEAD")
+    if mine != fixed:
+        raise Refused(
+            f"files below src/ that are not editable differ from the study's base commit "
+            f"{fixed_at[:12]}. Editable: {EDITABLE}."
+        )
+    return fixed, editable
+
+
+def _digests_at(tree: Path, commit: str) -> tuple[str, str]:
+    lines = git(tree, "ls-tree", "-r", "-z", commit, "--", "src").split("\0")
+    entries = [line.split("\t", 1) for line in lines if line.endswith(".py")]
+    return digests_of_blobs({path: facts.split()[2] for facts, path in sorted(entries, key=_path)})
+
+
+def _path(entry: list[str]) -> str:
+    return entry[1]
 
 
 def state_digest(tree: Path, config: Config) -> str:
@@ -378,6 +403,28 @@ def _must_parse(tree: Path, path: str) -> None:
             f"{path} is not Python after the edits: {getattr(error, 'msg', error)}, line {line}. "
             "Mind the indentation of the replacement."
         ) from None
+
+
+# Names that set or replace the state of a random generator, in torch, numpy, random and Lightning.
+SEEDING = re.compile(
+    r"^(manual_seed\w*|seed\w*|set_rng_state\w*|setstate|set_state|initial_seed|default_rng|"
+    r"RandomState|SeedSequence|fork_rng|PCG64\w*|Philox|MT19937)$"
+)
+
+
+def _must_not_seed(tree: Path, path: str) -> None:
+    """Seeds belong to the harness: a lucky one is not a better model."""
+    for node in ast.walk(ast.parse((tree / path).read_text(encoding="utf-8"))):
+        called = node.func if isinstance(node, ast.Call) else None
+        name = getattr(called, "attr", None) or getattr(called, "id", None) or ""
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name.rsplit(".", 1)[-1] for alias in node.names]
+            name = next((n for n in names if SEEDING.match(n)), "")
+        if SEEDING.match(name):
+            raise Refused(
+                f"{path}, line {node.lineno}: {name} sets a random generator; seeds belong to the "
+                "harness. Draw from torch's default generator as it comes."
+            )
 
 
 def _resolve_editable(tree: Path, overrides: dict[str, Any], before: Config) -> Config:

@@ -20,6 +20,7 @@ GROUPS = {
     "sft": "full",
     "chat_evaluate": "default",
     "runtime": "default",
+    "sandbox": "default",
     "tracking": "off",
 }
 

@@ -23,43 +23,51 @@ BONUS = 0.0
 """
 
 COMMON = """
-import hashlib, json, os, sys, time
+import hashlib, json, os, runpy, sys, time
 from pathlib import Path
 import yaml
-from nightshift import model
+from nightshift.fixed.result import code_digests
 
-ROOT = Path(__file__).resolve().parents[2]
-if not (ROOT / "conf").is_dir():
-    ROOT = ROOT.parent
+given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+folder, tree = Path(given["run"]), Path(given["tree"])
+values = yaml.safe_load((folder / "config.yaml").read_text())
+model = runpy.run_path(str(tree / "src/nightshift/model.py"))
+behaviour, seed = model["BEHAVIOUR"], values["seed"]
+is_preflight = values["budget"]["kind"] == "steps" and values["budget"]["amount"] <= 2
 
 def config_digest(values):
-    kept = {k: v for k, v in values.items()
-            if k not in ("runtime", "tracking", "parent_run_id", "run_name", "resume")}
+    kept = {k: v for k, v in values.items() if k not in
+            ("runtime", "sandbox", "tracking", "parent_run_id", "run_name", "resume")}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 def write(path, values):
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(values))
     os.replace(temporary, path)
-"""
-
-PRETRAIN = '''
-from nightshift.common import *
 
 def fork_away():
-    """A process in a session of its own that outlives its parents."""
+    # A process in a session of its own that outlives its parents.
     if os.fork() == 0:
         os.setsid()
         if os.fork() == 0:
             time.sleep(60)
         os._exit(0)
+"""
 
-folder = Path(sys.argv[sys.argv.index("--config-path") + 1])
-values = yaml.safe_load((folder / "config.yaml").read_text())
-is_preflight = values["budget"]["kind"] == "steps" and values["budget"]["amount"] <= 2
-behaviour, seed = model.BEHAVIOUR, values["seed"]
+FETCH = ""
+
+PREPARE = """
+from nightshift.common import *
+
 Path(values["runtime"]["cache_dir"]).mkdir(parents=True, exist_ok=True)
-with open(ROOT.parents[1] / "starts.log", "a") as file:
+if behaviour == "no data":
+    sys.exit("corpus.path: nothing there")
+"""
+
+TRAIN = """
+from nightshift.common import *
+
+with open(tree.parents[1] / "starts.log", "a") as file:
     file.write(f"{folder.name} {seed} {os.getpid()}\\n")
 if behaviour == "import error":
     import nothing_of_this_name
@@ -79,35 +87,40 @@ if behaviour == "killed once" and not (folder.parent / "killed").exists() and no
     os.kill(os.getpid(), 9)
 if behaviour == "killed always" and not is_preflight:
     os.kill(os.getpid(), 9)
-training = {"status": "ok", "steps": 3, "tokens": 300, "train_s": 0.1, "tokens_per_s": 3000.0,
+train_s = 9.0 if behaviour == "toil" else 0.1
+training = {"status": "ok", "steps": 3, "tokens": 300, "train_s": train_s, "tokens_per_s": 3000.0,
             "seed": seed, "config_digest": config_digest(values), "data_digest": "d" * 12,
-            "code": str(ROOT)}
-if behaviour == "other seed" and not is_preflight:
-    training["seed"] = seed + 1
-if behaviour == "other code":
-    training["code"] = "/elsewhere"
+            "weights_sha256": "w" * 64}
 if behaviour == "diverge" and not is_preflight:
     training |= {"status": "diverged", "message": "loss is nan at step 2"}
-(folder / "checkpoint").mkdir()
-(folder / "checkpoint" / "weights").write_text(str(model.BONUS))
+(folder / "checkpoint").mkdir(exist_ok=True)
+(folder / "checkpoint" / "weights").write_text(str(model["BONUS"]))
 write(folder / "training.json", training)
-'''
+"""
 
 EVALUATE = """
 from nightshift.common import *
 
-folder = Path(sys.argv[1].removeprefix("run="))
-values = yaml.safe_load((folder / "config.yaml").read_text())
-if model.BEHAVIOUR == "evaluator killed once" and not (folder.parent / "killed").exists():
+if behaviour == "evaluator killed once" and not (folder.parent / "killed").exists():
     (folder.parent / "killed").touch()
     os.kill(os.getpid(), 9)
-if model.BEHAVIOUR == "plant":
+if behaviour == "plant":
     sys.exit(1)
 noise = {1: 0.0, 2: 0.002, 3: -0.002}[values["seed"]]
 lr = values["optim"]["matrix_lr"]
-val_bpb = 2.0 + 10 * abs(lr - 0.04) + noise - model.BONUS
-write(folder / "result.json", {"status": "ok", "val_bpb": val_bpb,
-      "training": json.loads((folder / "training.json").read_text())})
+val_bpb = 2.0 + 10 * abs(lr - 0.04) + noise - model["BONUS"]
+training = json.loads((folder / "training.json").read_text())
+fixed, editable = code_digests(tree)
+binding = {"fixed_code": fixed, "editable_code": editable, "seed": training["seed"],
+           "config_digest": training["config_digest"], "budget": values["budget"],
+           "weights_sha256": training["weights_sha256"]}
+if behaviour == "other seed" and not is_preflight:
+    binding["seed"] = seed + 1
+if behaviour == "other code":
+    binding["editable_code"] = "0" * 16
+layers = {name: ["stand-in"] for name in ("files", "network", "processes", "privileges", "limits")}
+write(folder / "result.json", {"status": "ok", "val_bpb": val_bpb, "training": training,
+      "binding": binding, "protections": layers, "forward_tokens_per_s": 9000.0})
 """
 
 
@@ -121,8 +134,15 @@ def make_project(folder: Path) -> Path:
         (package / f"{name}.py").write_text("")
     (package / "model.py").write_text(MODEL)
     (package / "common.py").write_text(COMMON)
-    (package / "pretrain.py").write_text(PRETRAIN)
-    (package / "fixed/evaluate.py").write_text(EVALUATE)
+    for name, text in (
+        ("corpus", FETCH),
+        ("prepare", PREPARE),
+        ("train", TRAIN),
+        ("evaluate", EVALUATE),
+    ):
+        (package / f"fixed/{name}.py").write_text(text)
+    for name in ("result",):  # the real one
+        shutil.copyfile(CHECKOUT / f"src/nightshift/fixed/{name}.py", package / f"fixed/{name}.py")
     (folder / ".gitignore").write_text("/outputs/\n/.cache/\n__pycache__/\n/starts.log\n")
     run_git(folder, "init", "--quiet", "--initial-branch=main")
     run_git(folder, "add", ".")

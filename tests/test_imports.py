@@ -20,12 +20,18 @@ ALLOWED = {
     "filtering": {"nightshift.fixed"},
     "training": {"nightshift.fixed", *(f"nightshift.{m}" for m in EDITABLE)},
 }
-# The two arrows that point up, each commented where it is: the candidate's model and filter.
-EXCEPTIONS = {("checkpoint", "nightshift.model"), ("batches", "nightshift.filtering")}
+# The arrows that point up, each inside a function: the candidate's model, filter and training.
+EXCEPTIONS = {
+    ("checkpoint", "nightshift.model"),
+    ("logits", "nightshift.model"),
+    ("batches", "nightshift.filtering"),
+    ("candidate", "nightshift.pretrain"),
+}
 TORCH_FREE = {
     "nightshift.command",
     "nightshift.fixed.config",
     "nightshift.fixed.result",
+    "nightshift.fixed.sandbox",
     "nightshift.fixed.tracking",
 }
 SOURCES = ROOT / "src" / "nightshift"

@@ -1,12 +1,9 @@
 """Every recipe fits today's code; what it makes still trains and still cannot see the future."""
 
-import subprocess
-import sys
-import types
-
 import pytest
 import torch
 import yaml
+from edited import MODULES, load_edited, pretrain, write_tree
 from tiny import config
 
 from agent.proposers.recipes import read_recipes
@@ -14,31 +11,6 @@ from nightshift.fixed.config import CONF, ROOT, Schedule
 from nightshift.model import GPT
 
 RECIPES = read_recipes()
-MODULES = ("model", "optim", "schedule", "filtering", "training")  # in the order of their imports
-
-
-def edited_files(recipe) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    for edit in recipe.edits:
-        text = texts.get(edit.path, (ROOT / edit.path).read_text(encoding="utf-8"))
-        assert text.count(edit.search) == 1, (
-            f"{edit.path}: {text.count(edit.search)} times: {edit.search}"
-        )
-        texts[edit.path] = text.replace(edit.search, edit.replace)
-    return texts
-
-
-def load_edited(recipe, monkeypatch) -> dict[str, types.ModuleType]:
-    """The five editable modules with the recipe applied, each seeing the others' edited form."""
-    texts, loaded = edited_files(recipe), {}
-    for name in MODULES:
-        path = f"src/nightshift/{name}.py"
-        source = texts.get(path, (ROOT / path).read_text(encoding="utf-8"))
-        module = types.ModuleType(f"nightshift.{name}")
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        exec(compile(source, path, "exec"), module.__dict__)
-        loaded[name] = module
-    return loaded
 
 
 def test_there_are_at_least_twelve_recipes_of_several_kinds():
@@ -107,28 +79,6 @@ def test_presets_choose_files_and_set_no_editable_value():
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: r.title)
 def test_a_recipe_runs_in_the_real_pipeline(recipe, tmp_path):
-    import shutil
-
-    for part in ("src", "conf"):
-        shutil.copytree(
-            ROOT / part, tmp_path / "tree" / part, ignore=shutil.ignore_patterns("__pycache__")
-        )
-    for path, text in edited_files(recipe).items():
-        (tmp_path / "tree" / path).write_text(text, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "nightshift.pretrain",
-        "budget=smoke",
-        "tracking=off",
-        "evaluate.max_bytes=5000",
-        f"hydra.run.dir={tmp_path / 'run'}",
-    ]
-    done = subprocess.run(
-        command,
-        cwd=tmp_path / "tree",
-        env={"PYTHONPATH": "src", "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-    )
+    tree = write_tree(recipe, tmp_path / "tree")
+    done = pretrain(tree, tmp_path / "run", "budget=smoke", "evaluate.max_bytes=5000")
     assert "status:          ok" in done.stdout, done.stderr[-2000:]

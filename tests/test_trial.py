@@ -12,11 +12,12 @@ import pytest
 import yaml
 from standin import behave, make_project
 
-from agent import workspace
+from agent import warm, workspace
 from agent.trial import Bench, Interrupted, Stop, distrust
 from agent.warm import MARK, STUDY_MARK, Starter, StartError, kill_marked, marked_processes
 from nightshift.fixed.config import config_digest
 from nightshift.fixed.result import Result, Training
+from nightshift.fixed.sandbox import ENVIRONMENT, PROTECTIONS
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +36,9 @@ def bench(project, tmp_path):
             study_folder=study,
             folder=study / "trials/001",
             tree=tree,
+            base=project,
+            code=("", ""),
+            baseline_work=3.0,
             config=workspace.resolve(tree),
             own_cache=study / "trials/001/cache",
             shared_cache=project / ".cache",
@@ -49,11 +53,16 @@ def bench(project, tmp_path):
 
 def run(bench: Bench, behaviour: str, limit_s: float = 20.0):
     workspace.apply(bench.tree, behave(behaviour), behaviour)
-    return bench.run("seed_1", 1, limit_s)
+    return start(bench, "seed_1", 1, limit_s)
+
+
+def start(bench: Bench, *args):
+    bench.code = workspace.code_digests(bench.tree, "main")
+    return bench.run(*args)
 
 
 def test_run_is_of_the_worktree_with_the_settings_of_the_harness(bench):
-    result = bench.run("seed_2", 2, 20.0)
+    result = start(bench, "seed_2", 2, 20.0)
     assert (result.status, result.seed, result.steps) == ("ok", 2, 3)
     assert result.val_bpb == pytest.approx(2.202)
     assert result.folder == "trials/001/seed_2"
@@ -61,7 +70,6 @@ def test_run_is_of_the_worktree_with_the_settings_of_the_harness(bench):
     assert config["runtime"]["cache_dir"] == str(bench.own_cache)
     assert config["runtime"]["shared_cache_dir"] == str(bench.shared_cache)
     assert config["seed"] == 2 and config["tracking"]["enabled"] is False
-    assert bench.own_cache.is_dir()
 
 
 @pytest.mark.parametrize(
@@ -70,11 +78,11 @@ def test_run_is_of_the_worktree_with_the_settings_of_the_harness(bench):
         (
             "crash",
             "crash",
-            "RuntimeError: shape '[64, 128]' is invalid (src/nightshift/pretrain.py",
+            "RuntimeError: shape '[64, 128]' is invalid",
         ),
         ("diverge", "diverged", "loss is nan at step 2"),
-        ("other seed", "invalid", "seed 2 was trained, seed 1 was asked for"),
-        ("other code", "invalid", "code was imported from /elsewhere"),
+        ("other seed", "invalid", "its seed is 2, 1 was started"),
+        ("other code", "invalid", "its editable_code is '0000000000000000'"),
         ("plant", "crash", "evaluation ended without a word"),
         ("killed always", "crash", "killed from outside twice"),
         ("killed once", "ok", None),
@@ -90,6 +98,17 @@ def test_what_a_run_does_becomes_a_status(bench, behaviour, status, words):
     assert marked_processes(bench.study_folder, bench.marks[MARK]) == []
 
 
+def test_more_work_for_a_token_than_the_baseline_does_is_invalid_where_tokens_are_the_budget(bench):
+    tokens = {"kind": "tokens", "amount": 300.0, "wall_limit_s": 60.0, "replay": None}
+    in_tokens = bench.config.model_copy(
+        update={"budget": bench.config.budget.model_copy(update=tokens)}
+    )
+    assert run(bench, "toil").status == "ok", "in seconds, work is paid for"
+    bench.config = in_tokens
+    result = start(bench, "seed_1", 1, 20.0)
+    assert result.status == "invalid" and "270.0 times as long for a token" in result.message
+
+
 def test_killed_evaluator_is_repeated_alone(bench):
     starts = bench.tree.parents[1] / "starts.log"
     run(bench, "evaluator killed once")
@@ -99,6 +118,7 @@ def test_killed_evaluator_is_repeated_alone(bench):
 def test_preflight_ends_an_import_error(bench):
     workspace.apply(bench.tree, behave("import error"), "t")
     result = bench.preflight(1, 2, 20.0)
+    assert bench.own_cache.is_dir(), "the data were prepared first"
     assert result.status == "crash" and "nothing_of_this_name" in result.message
 
 
@@ -121,29 +141,68 @@ def test_killed_server_takes_its_run_along_and_the_run_is_repeated(bench):
     workspace.apply(bench.tree, behave("slow"), "t")
     server = bench.starter.server
     threading.Timer(0.4, server.kill).start()
-    result = bench.run("seed_1", 1, 20.0)
+    result = start(bench, "seed_1", 1, 20.0)
     assert result.status == "ok" and bench.starter.server is not server
 
 
-def training(**changes) -> Training:
-    return Training(**{"status": "ok", "seed": 1, "code": "/tree"} | changes)
+def test_data_that_cannot_be_had_end_the_trial_with_their_reason(bench):
+    workspace.apply(bench.tree, behave("no data"), "t")
+    result = bench.preflight(1, 2, 20.0)
+    assert result.status == "crash" and "corpus.path: nothing there" in result.message
 
 
-def test_result_of_something_else_is_invalid(bench):
-    config = bench.config
-    good = training(config_digest=config_digest(config), code=str(bench.tree))
-    assert (
-        distrust(Result(status="ok", val_bpb=1.0, training=good), bench.tree, config).status == "ok"
+ALL = {name: ["layer"] for name in PROTECTIONS}
+
+
+def bound(config, **changes) -> Result:
+    """A result as it should be, but for `changes` of its binding."""
+    binding = {
+        "fixed_code": "f",
+        "editable_code": "e",
+        "seed": config.seed,
+        "config_digest": config_digest(config),
+        "budget": config.budget.model_dump(),
+        "weights_sha256": "w",
+    }
+    training = Training(status="ok", weights_sha256="w")
+    return Result(
+        status="ok", val_bpb=1.0, training=training, binding=binding | changes, protections=ALL
     )
-    for wrong in (
-        None,
-        training(config_digest=good.config_digest),
-        training(config_digest=good.config_digest, code=None),
-        training(config_digest=good.config_digest, code=good.code, seed=2),
-        training(config_digest="0" * 12, code=good.code),
-    ):
-        found = distrust(Result(status="ok", val_bpb=1.0, training=wrong), bench.tree, config)
-        assert found.status == "invalid" and found.val_bpb is None and found.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"fixed_code": "x"}, "its fixed_code is 'x'"),
+        ({"editable_code": "x"}, "its editable_code is 'x'"),
+        ({"seed": 77}, "its seed is 77"),
+        ({"config_digest": "0"}, "its config_digest is '0'"),
+        ({"budget": {"kind": "seconds", "amount": 9999.0}}, "its budget is"),
+        ({"weights_sha256": "v"}, "its weights_sha256 is 'v'"),
+    ],
+)
+def test_a_result_that_is_bound_to_something_else_is_invalid(bench, changes, words):
+    found = distrust(bound(bench.config, **changes), ("f", "e"), bench.config)
+    assert found.status == ("invalid" if words else "ok")
+    assert words is None or (words in found.message and found.val_bpb is None)
+
+
+def test_a_result_without_binding_or_required_protections_is_invalid(bench):
+    result = bound(bench.config)
+    result.binding = None
+    assert distrust(result, ("f", "e"), bench.config).status == "invalid"
+    strict = bench.config.model_copy(
+        update={"sandbox": bench.config.sandbox.model_copy(update={"require": ["network"]})}
+    )
+    result = bound(strict)
+    result.protections = ALL | {"network": []}
+    found = distrust(result, ("f", "e"), strict)
+    assert found.status == "invalid" and "required protections: network" in found.message
+
+
+def test_the_server_s_environment_is_the_sandbox_s():
+    assert warm.ENVIRONMENT == ENVIRONMENT
 
 
 def test_marked_processes_of_another_study_are_left_alone(tmp_path):

@@ -235,7 +235,7 @@ def measure(
 def dev_texts(config: Config) -> list[str]:
     """The beginnings of the corpus's dev documents; none where the chats do not need the corpus
     (a checkpoint from elsewhere is tuned without downloading what it was trained on)."""
-    if not any(config.conversations.tasks.values()):
+    if not config.conversations.tasks.total:
         return []
     documents = read_documents(ensure_corpus(config), "dev")
     texts = (text[:DOCUMENT_CHARS] for _, text in documents)

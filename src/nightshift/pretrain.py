@@ -66,7 +66,7 @@ def job(values: dict[str, Any]) -> int:
     overrides = [
         o
         for o in hydra.overrides.task
-        if not o.startswith(("parent_run_id=", "run_name=", "tracking", "runtime"))
+        if not o.startswith(("parent_run_id=", "run_name=", "tracking", "runtime", "sandbox"))
     ]
     try:
         tracking = check(values["tracking"], knobs.Tracking)
@@ -127,7 +127,7 @@ def continued(config: Config, overrides: list[str]) -> Config:
     from nightshift.fixed.checkpoint import folder_of, read_config
 
     saved = read_config(folder_of(config.resume) / CONFIG_FILE)
-    free = ("budget", "runtime", "tracking", "resume", "run_name", "parent_run_id")
+    free = ("budget", "runtime", "sandbox", "tracking", "resume", "run_name", "parent_run_id")
     groups = {
         o.split("=", 1)[0].lstrip("+~"): o.split("=", 1)[0].lstrip("+~").split(".")[0]
         for o in overrides
@@ -142,8 +142,11 @@ def continued(config: Config, overrides: list[str]) -> Config:
     return check(saved.model_dump() | {key: given[key] for key in fresh})
 
 
-def train(config: Config, folder: Path, log) -> Training:
-    """What a configuration or an edit can do wrong while training is a status, not an exception."""
+def train(config: Config, folder: Path, log, feed=None) -> Training:
+    """What a configuration or an edit can do wrong while training is a status, not an exception.
+
+    `feed`: data and clock from outside (fixed/feed.py); by default they are this process's own.
+    """
     import torch
 
     from nightshift.fixed import checkpoint
@@ -154,7 +157,7 @@ def train(config: Config, folder: Path, log) -> Training:
     for stale in (TRAINING_FILE, RESULT_FILE, SAMPLES_FILE):
         (folder / stale).unlink(missing_ok=True)
     try:
-        training = fit(config, folder, log)
+        training = fit(config, folder, log, feed)
     except Diverged as error:
         training = Training(status="diverged", message=str(error))
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -172,16 +175,13 @@ def train(config: Config, folder: Path, log) -> Training:
     return training
 
 
-def fit(config: Config, folder: Path, log) -> Training:
+def fit(config: Config, folder: Path, log, feed) -> Training:
     """Data, model, Lightning, checkpoint, samples."""
     import torch
 
     from nightshift.fixed import checkpoint, machine
-    from nightshift.fixed.batches import Batches, ensure_tokens
-    from nightshift.fixed.budget import Clock
+    from nightshift.fixed.feed import LocalFeed
     from nightshift.fixed.recorder import Recorder
-    from nightshift.fixed.store import read_manifest
-    from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
     from nightshift.model import GPT
     from nightshift.training import TrainingModule
 
@@ -189,16 +189,13 @@ def fit(config: Config, folder: Path, log) -> Training:
     device = machine.pick_device(config.runtime)
     machine.prepare(config.runtime, device)
     dtype = machine.pick_dtype(device, config.train)
-    tokens, tokenizer = ensure_tokens(config), Tokenizer.load(ensure_tokenizer(config))
+    feed = feed or LocalFeed(config)
+    tokenizer = feed.tokenizer
     torch.manual_seed(config.seed)
     with torch.device(device):
         model = GPT(config.model, tokenizer.vocab_size)
     module = TrainingModule(model, config, dtype, machine.pick_compile(device, config.train))
-    batches = Batches(
-        tokens, "train", config.model.seq_len, config.train.micro_batch_size, config.seed
-    )
-    clock = Clock(config.budget, config.train.batch_tokens)
-    recorder = Recorder(module, config, clock, batches, tokens, tokenizer, folder, log)
+    recorder = Recorder(module, config, feed, folder, log)
     recorder.announce(device, dtype)
     trainer = lean_trainer(config, device, recorder)
     with recorder.signals():
@@ -208,10 +205,11 @@ def fit(config: Config, folder: Path, log) -> Training:
         model,
         config,
         tokenizer,
-        *((trainer.optimizers[0], clock.state()) if recorder.interrupted else ()),
+        *((trainer.optimizers[0], feed.clock.state()) if recorder.interrupted else ()),
     )
-    clock.save(folder)
-    training = recorder.training(device, dtype, read_manifest(tokens)["digest"])
+    feed.clock.save(folder)
+    feed.weights_saved(max(recorder.optimizer_steps.values(), default=0))
+    training = recorder.training(device, dtype, feed.data_digest)
     if not recorder.interrupted:
         write_json(folder / SAMPLES_FILE, samples(model, tokenizer, config))
     return training

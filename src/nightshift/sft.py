@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from nightshift import command, pretrain
@@ -66,7 +67,9 @@ def job(values: dict[str, Any]) -> int:
 
     hydra = HydraConfig.get()
     folder, given = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
-    overrides = [o for o in given if not o.startswith(("run_name=", "tracking", "runtime"))]
+    overrides = [
+        o for o in given if not o.startswith(("run_name=", "tracking", "runtime", "sandbox"))
+    ]
     overrides = [o for o in overrides if not o.startswith("parent_run_id=")]
     try:
         tracking = check(values["tracking"], knobs.Tracking)
@@ -196,9 +199,6 @@ def fit(config: Config, folder: Path, log) -> Training:
 
     from nightshift import lora
     from nightshift.fixed import checkpoint, machine
-    from nightshift.fixed.budget import Clock
-    from nightshift.fixed.store import read_manifest
-    from nightshift.packing import ensure_rows
 
     pretrain.quiet_lightning()
     device = machine.pick_device(config.runtime)
@@ -206,33 +206,41 @@ def fit(config: Config, folder: Path, log) -> Training:
     dtype = machine.pick_dtype(device, config.train)
     base = base_folder(config)
     model, tokenizer, _ = checkpoint.load(base, device)
-    rows = ensure_rows(config, tokenizer)
+    feed = chat_feed(config, tokenizer)
     torch.manual_seed(config.seed)
     module = training_module(model, config, dtype, machine.pick_compile(device, config.train))
-    clock = Clock(config.budget, config.train.batch_tokens)
-    recorder = chat_recorder(
-        module, config, clock, batches(rows, config), rows, tokenizer, folder, log
-    )
+    recorder = chat_recorder(module, config, feed, folder, log)
     recorder.announce(device, dtype)
     trainer = pretrain.lean_trainer(config, device, recorder)
     with recorder.signals():
         trainer.fit(module, recorder.loader())
-    state = (trainer.optimizers[0], clock.state()) if recorder.interrupted else ()
+    state = (trainer.optimizers[0], feed.clock.state()) if recorder.interrupted else ()
     if not recorder.interrupted:
         lora.merge(model)  # an interrupted run keeps base and update apart, to go on with
     checkpoint.save(folder / CHECKPOINT_FOLDER, model, config, tokenizer, *state)
-    clock.save(folder)
-    learned_from = [read_manifest(rows)["digest"], checkpoint.weights_sha256(base)]
+    feed.clock.save(folder)
+    learned_from = [feed.data_digest, checkpoint.weights_sha256(base)]
     return recorder.training(device, dtype, knobs.digest(learned_from))
 
 
-def batches(rows: Path, config: Config):
+def chat_feed(config: Config, tokenizer):
+    """Packed rows and the clock, as the recorder wants them (fixed/feed.py, LocalFeed)."""
     from nightshift.fixed.batches import Batches, ensure_tokens
-    from nightshift.packing import ChatBatches
+    from nightshift.fixed.budget import Clock
+    from nightshift.fixed.store import read_manifest
+    from nightshift.packing import ChatBatches, ensure_rows
 
+    rows, frac = ensure_rows(config, tokenizer), config.sft.text_frac
     shape = config.model.seq_len, config.train.micro_batch_size, config.seed
-    text = Batches(ensure_tokens(config), "train", *shape) if config.sft.text_frac else None
-    return ChatBatches(rows, "train", *shape, text, config.sft.text_frac)
+    text = Batches(ensure_tokens(config), "train", *shape) if frac else None
+    train, dev = ChatBatches(rows, "train", *shape, text, frac), ChatBatches(rows, "dev", *shape)
+    return SimpleNamespace(
+        tokenizer=tokenizer,
+        data_digest=read_manifest(rows)["digest"],
+        clock=Clock(config.budget, config.train.batch_tokens),
+        batch=train.batch,
+        dev_batches=lambda: dev.in_order(config.runtime.dev_bytes),
+    )
 
 
 def training_module(model, config: Config, dtype, compile: bool):
@@ -254,22 +262,19 @@ def training_module(model, config: Config, dtype, compile: bool):
     return LoraModule(model, config, dtype, compile)
 
 
-def chat_recorder(module, config, clock, batches, rows: Path, tokenizer, folder: Path, log):
+def chat_recorder(module, config: Config, feed, folder: Path, log):
     """The pretraining's recorder; its dev_bpb is of the assistant's held-out answers."""
     import torch
     import torch.nn.functional as F
 
     from nightshift.fixed.recorder import Recorder
-    from nightshift.packing import ChatBatches
 
     class ChatRecorder(Recorder):
         @torch.no_grad()
         def dev_bpb(self) -> float:
-            shape = config.model.seq_len, config.train.micro_batch_size, config.seed
-            held_out = ChatBatches(rows, "dev", *shape)
-            sizes = torch.from_numpy(tokenizer.token_bytes().astype("int64")).to(self.device)
+            sizes = torch.from_numpy(feed.tokenizer.token_bytes().astype("int64")).to(self.device)
             nats = num_bytes = 0.0
-            for inputs, targets in held_out.in_order(config.runtime.dev_bytes):
+            for inputs, targets in feed.dev_batches():
                 inputs, targets = inputs.to(self.device), targets.to(self.device)
                 logits = module.model(inputs).flatten(0, 1).float()
                 loss = F.cross_entropy(logits, targets.flatten(), reduction="none")
@@ -278,7 +283,7 @@ def chat_recorder(module, config, clock, batches, rows: Path, tokenizer, folder:
                 num_bytes += int(size.sum())
             return round(nats / math.log(2) / max(1, num_bytes), 6)
 
-    return ChatRecorder(module, config, clock, batches, rows, tokenizer, folder, log)
+    return ChatRecorder(module, config, feed, folder, log)
 
 
 # -- afterwards

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf, flag_override
 from nightshift.fixed.config import ConfigError, Tracking, check
 
 NAME_CHARS = 80
-NOT_IN_NAME = ("tracking", "runtime", "hydra", "run_name")
+NOT_IN_NAME = ("tracking", "runtime", "sandbox", "hydra", "run_name")
 
 
 class MlflowParent(Callback):

@@ -3,11 +3,13 @@
 A split is one stream of uint16, little-endian: bos, document, bos, document, ... Batches are
 windows of the stream, without padding. Only train passes the filter; documents lie in an order that
 follows from a hash of their content.
+
+The filter is code that trials edit: it says how many copies of each training document are used, and
+nothing else. It never writes a token; in a study it runs in a sandbox of its own (prepare.py).
 """
 
 import hashlib
-import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -15,26 +17,60 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nightshift import filtering
 from nightshift.fixed import config as knobs
 from nightshift.fixed import corpus, store
 from nightshift.fixed.config import ROOT, Config, ConfigError
 from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
 
 FORMAT = 1
+MAX_COPIES = 255
 BLOCK_BYTES = 64_000_000  # of text in memory at once; documents are shuffled within a block
 
 # B batch, T time
 
 
-def ensure_tokens(config: Config) -> Path:
-    key, build = _plan(config)
+CopiesOf = Callable[[Path, Config], np.ndarray]  # corpus folder -> uint8 (training documents,)
+
+
+def ensure_tokens(config: Config, tree: Path = ROOT, copies_of: CopiesOf | None = None) -> Path:
+    """`tree`: the checkout whose filter counts; `copies_of` runs it (default: in this process)."""
+    key, build = _plan(config, tree, copies_of or copies_here)
     return store.ensure("tokens", key, build, config)
+
+
+def copies_here(corpus_folder: Path, config: Config) -> np.ndarray:
+    """The filter's answer for each training document: copies per epoch, uint8; 0: left out."""
+    from nightshift import filtering
+
+    index_of: dict[bytes, int] = {}
+
+    def documents() -> Iterator[tuple[str, str]]:
+        for name, text in corpus.read_documents(corpus_folder, "train"):
+            index_of[hashlib.sha256(text.encode()).digest()] = len(index_of)
+            yield name, text
+
+    chosen = []
+    for text, copies in filtering.select(documents(), config.filter):
+        index = index_of.get(hashlib.sha256(text.encode()).digest())
+        if index is None:
+            raise ConfigError(
+                "filtering.select returned a text that is no training document: it chooses "
+                "documents, it does not write them. Return texts as they come"
+            )
+        if not 0 <= int(copies) <= MAX_COPIES:
+            raise ConfigError(
+                f"filtering.select wants {copies} copies of a document; possible: 0 to {MAX_COPIES}"
+            )
+        chosen.append((index, int(copies)))
+    copies = np.zeros(len(index_of), dtype=np.uint8)
+    for index, count in chosen:
+        copies[index] = count
+    return copies
 
 
 def stage(config: Config) -> None:
     """Write data/tokens."""
-    key, build = _plan(config)
+    key, build = _plan(config, ROOT, copies_here)
     store.build_into("tokens", key, build, ROOT / "data" / "tokens")
 
 
@@ -90,20 +126,24 @@ class Batches:
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-def tokens_key(config: Config, corpus_digest: str, tokenizer_digest: str) -> str:
-    code = inspect.getsource(filtering)  # an edited filter makes other tokens
+def tokens_key(config: Config, corpus_digest: str, tokenizer_digest: str, tree: Path = ROOT) -> str:
+    code = (tree / "src/nightshift/filtering.py").read_text(
+        encoding="utf-8"
+    )  # edited: other tokens
     return knobs.digest([FORMAT, corpus_digest, tokenizer_digest, config.filter.model_dump(), code])
 
 
-def _plan(config: Config):
+def _plan(config: Config, tree: Path, copies_of: CopiesOf):
     documents, vocabulary = corpus.ensure_corpus(config), ensure_tokenizer(config)
     corpus_digest = store.read_manifest(documents)["digest"]
     tokenizer_digest = store.read_manifest(vocabulary)["digest"]
-    key = tokens_key(config, corpus_digest, tokenizer_digest)
+    key = tokens_key(config, corpus_digest, tokenizer_digest, tree)
 
     def build(folder: Path) -> None:
         tokenizer = Tokenizer.load(vocabulary)
-        train = filtering.select(corpus.read_documents(documents, "train"), config.filter)
+        copies = copies_of(documents, config).tolist()
+        texts = (text for _, text in corpus.read_documents(documents, "train"))
+        train = ((text, n) for text, n in zip(texts, copies, strict=True) if n)
         dev = ((text, 1) for _, text in corpus.read_documents(documents, "dev"))
         splits = {
             "train": write_stream(

@@ -3,7 +3,8 @@
 Progress runs from 0 to 1 in seconds, tokens or steps. Seconds are counted from the first real step;
 what may not learn (the undone warm-up, measurements on dev, saving) pauses the clock. Each step's
 progress is recorded, so that a run on a clock can be replayed step for step (`budget.replay`).
-Not covered: the process that trains could lie to itself; the research loop times it from outside.
+In a study this clock runs in a process of the harness (fixed/feed.py); a run that a person starts
+keeps it in its own process, where an edited model could reach it.
 """
 
 import time
@@ -26,7 +27,8 @@ class Clock:
         self.replay = read_progress(Path(budget.replay)) if budget.replay else None
 
     def start(self) -> None:
-        self._started_at = self.now()
+        if self._started_at is None:
+            self._started_at = self.now()
 
     @contextmanager
     def paused(self):
@@ -38,6 +40,10 @@ class Clock:
         if self._started_at is not None:
             self._elapsed_s += self.now() - self._started_at
             self._started_at = None
+
+    def charge(self, seconds: float) -> None:
+        """Time that ran while the clock stood still without a right to."""
+        self._elapsed_s += seconds
 
     @property
     def elapsed_s(self) -> float:

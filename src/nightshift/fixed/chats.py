@@ -57,7 +57,7 @@ def chats_key(config: Config, corpus_digest: str | None) -> str:
 
 def _plan(config: Config):
     settings, documents = config.conversations, None
-    if any(settings.tasks.values()):
+    if settings.tasks.total:
         documents = corpus.ensure_corpus(config)
     digest = documents and store.read_manifest(documents)["digest"]
     key = chats_key(config, digest)
@@ -65,7 +65,7 @@ def _plan(config: Config):
     def build(folder: Path) -> None:
         files, skipped = [], Counter()
         train = corpus.read_documents(documents, "train") if documents else ()
-        made = tasks.make(settings.tasks, train, TASK_SEED) if documents else []
+        made = tasks.make(settings.tasks.model_dump(), train, TASK_SEED) if documents else []
         found = [*chat_sources.chats(config, files, skipped), *made]
         splits = split(found, settings, skipped)
         facts = {name: write_split(folder / f"{name}.jsonl", splits[name]) for name in SPLITS}

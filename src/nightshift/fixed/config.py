@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from nightshift.fixed.sandbox import PROTECTIONS
+
 ROOT = Path(__file__).resolve().parents[3]  # the checkout that this code belongs to
 CONF = ROOT / "conf"
 NUM_SPECIAL_TOKENS = 9  # fixed/tokenizer.py asserts that it agrees
@@ -202,13 +204,26 @@ class Budget(Group):
 class Evaluate(Group):
     max_bytes: int | None = Field(ge=1000)  # of val text; null scores all of it
     batch_size: int = Field(ge=1)  # windows per forward pass
-    causality_windows: int = Field(ge=1)  # windows whose future is altered to look for leaks
+    probes: int = Field(ge=1)  # windows shown to a second process with another future
+    limit_s: float = Field(gt=0)  # for the whole evaluation
     sample_prompts: list[str]
     sample_tokens: int = Field(ge=0, le=4096)
     temperature: float = Field(gt=0, le=5)
 
 
-TASKS = ("spelling", "counting", "arithmetic", "sorting", "documents", "continuation")
+class Tasks(Group):
+    """Questions made by program, how many of each kind (fixed/tasks.py)."""
+
+    spelling: int = Field(ge=0)
+    counting: int = Field(ge=0)
+    arithmetic: int = Field(ge=0)
+    sorting: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    continuation: int = Field(ge=0)
+
+    @property
+    def total(self) -> int:
+        return sum(self.model_dump().values())
 
 
 class Conversations(Group):
@@ -221,7 +236,7 @@ class Conversations(Group):
     files: str
     num_shards: int = Field(ge=1)
     max_conversations: int | None = Field(ge=4)
-    tasks: dict[Literal[TASKS], int]  # questions made by program, how many of each
+    tasks: Tasks
     dev_frac: float = Field(gt=0, lt=0.5)
     val_frac: float = Field(gt=0, lt=0.5)
     test_frac: float = Field(gt=0, lt=0.5)
@@ -303,6 +318,26 @@ class Runtime(Group):
     shared_cache_dir: str | None  # read-only second place to look (a trial reads the study's)
 
 
+class Sandbox(Group):
+    """Limits and demands on where a candidate's code runs (conf/sandbox, fixed/sandbox.py)."""
+
+    require: Literal["all"] | list[str]
+    memory_mb: int | None = Field(ge=500)
+    disk_mb: int = Field(ge=10)
+    num_processes: int = Field(ge=16)
+
+    @field_validator("require")
+    @classmethod
+    def _are_protections(cls, require):
+        for name in PROTECTIONS if require == "all" else require:
+            if name not in PROTECTIONS:
+                raise ValueError(
+                    f"sandbox.require ({name}): there is no such protection. "
+                    f"Possible: all, or of {', '.join(PROTECTIONS)}.{nearest(name, PROTECTIONS)}"
+                )
+        return list(PROTECTIONS) if require == "all" else require
+
+
 class Tracking(Group):
     enabled: bool
     uri: str | None  # null: outputs/mlflow/mlflow.db of this checkout
@@ -313,7 +348,7 @@ class Config(Group):
     """A whole run.
 
     `seed`, `corpus`, `budget`, `evaluate`, `conversations`, `sft_budget`, `chat_evaluate`,
-    `runtime`, `tracking` are never proposed.
+    `runtime`, `sandbox`, `tracking` are never proposed.
     """
 
     seed: int = Field(ge=0, lt=2**31)
@@ -335,6 +370,7 @@ class Config(Group):
     sft_budget: Budget
     chat_evaluate: ChatEvaluate
     runtime: Runtime
+    sandbox: Sandbox
     tracking: Tracking
 
     @property
@@ -404,7 +440,9 @@ def digest(value: Any) -> str:
 def config_digest(config: Config) -> str:
     """Names what a run computes: where it runs and how it is tracked does not count."""
     return digest(
-        config.model_dump(exclude={"runtime", "tracking", "parent_run_id", "run_name", "resume"})
+        config.model_dump(
+            exclude={"runtime", "sandbox", "tracking", "parent_run_id", "run_name", "resume"}
+        )
     )
 
 

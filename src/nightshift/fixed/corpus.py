@@ -7,6 +7,7 @@ The folder: `<split>-<number>.parquet` with the columns `name` and `text`, and m
 """
 
 import hashlib
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -14,10 +15,12 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from nightshift.fixed import config as knobs
 from nightshift.fixed import sources, store
 from nightshift.fixed.config import ROOT, Config, ConfigError
+from nightshift.fixed.result import CONFIG_FILE
 from nightshift.fixed.sources import Document
 
 SPLITS = ("train", "dev", "val", "test")
@@ -194,3 +197,19 @@ def _check_splits(
         "Add other documents, or raise corpus.dev_frac, val_frac and test_frac, "
         f"now {settings.dev_frac:g}, {settings.val_frac:g} and {settings.test_frac:g}"
     )
+
+
+def main() -> int:
+    """Fetch and split the corpus of a run's configuration: run=<folder with config.yaml>."""
+    folder = Path(sys.argv[1].removeprefix("run="))
+    try:
+        values = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        ensure_corpus(knobs.check(values))
+        return 0
+    except (ConfigError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

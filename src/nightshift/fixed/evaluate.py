@@ -1,226 +1,263 @@
-"""Score a checkpoint in bits per byte of the fixed val text: run folder -> result.json.
+"""Score a checkpoint: run folder -> result.json with val_bpb, or with the reason why not.
 
-val_bpb = nats of the text / (ln 2 * its UTF-8 bytes). Every byte is scored once, whatever the
-tokenizer, the context length or the batch size; document boundaries have no bytes and are left out
-of both sums. Log-probabilities are normalised here, in float32, from the model's logits, so they
-always sum to one.
+The scorer holds the text and runs its own checkout's code (in a study: the base commit's). The
+model runs in two sandboxed processes that are handed token ids and fill a buffer with logits
+(fixed/logits.py): the first is shown every window once, the second only the probes. Both are forked
+before the text is read, so that it is in the memory of neither. fixed/ruler.py has the arithmetic.
 
-Covered: the metric is computed here, in a process of its own, from text that training never read;
-bytes are counted from the text; leaks from the future are looked for; logits that are not finite
-are a status, not a number; the weights are hashed before and after.
-Not covered yet: the candidate's model code runs in this process, so code that means to cheat could.
+Covered, beside what ruler.py and logits.py cover: the tokenizer is the harness's own, never the
+checkpoint's; the weights are those that training delivered, hashed before and after; they were
+learned (untrained ones, on another seed's initialisation too, do worse; the initialisation depends
+on the seed); training was not faster than the model can be; `test` is read once (fixed/ledger.py).
+Not covered: a predictor that is no learner, but pretends to fail with untrained weights; an
+initialisation that is lucky in a way that depends on the seed.
 
-    nightshift evaluate run=outputs/pretrain/<run>
+    nightshift evaluate run=outputs/pretrain/<run> [split=test]
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from math import log
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from nightshift.fixed import checkpoint, machine
-from nightshift.fixed.config import Config, ConfigError
-from nightshift.fixed.corpus import ensure_corpus, read_documents
+from nightshift.fixed import candidate, checkpoint, ledger, machine
+from nightshift.fixed.config import ROOT, Config, ConfigError, config_digest
+from nightshift.fixed.logits import Failed, ModelServer, OutOfMemory, load_model, rows_that_fit
+from nightshift.fixed.prepare import corpus_apart, require
 from nightshift.fixed.result import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
     RESULT_FILE,
     TRAINING_FILE,
     Result,
+    Training,
+    code_digests,
     read_training,
     write_json,
 )
-from nightshift.fixed.tokenizer import Tokenizer
+from nightshift.fixed.ruler import (
+    Invalid,
+    Windows,
+    bits_per_byte,
+    check_probes,
+    cut,
+    held_out_text,
+    nats_of_rows,
+    score,
+)
+from nightshift.fixed.store import read_manifest
+from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
 
-Logits = Callable[[Tensor], Tensor]  # tokens (B, T) -> logits (B, T, V), in any float dtype
-
-# bf16 sums may be ordered otherwise for another batch; a leak moves logits by whole units.
-CAUSALITY_TOLERANCE = 0.02
-
-
-class Invalid(Exception):
-    """The model broke a rule of the metric; the message says which."""
-
-
-def val_text(corpus: Path, max_bytes: int | None) -> list[str]:
-    """Whole val documents in order, until `max_bytes` is reached; at least one."""
-    texts, size = [], 0
-    for _, text in read_documents(corpus, "val"):
-        if texts and max_bytes is not None and size + len(text.encode()) > max_bytes:
-            continue
-        texts.append(text)
-        size += len(text.encode())
-    return texts
+LEARNED_NATS = 0.01  # a token, better than untrained weights
+MIN_STEPS_TO_LEARN = 10  # of training; a preflight learns nothing yet
+FASTER_THAN_FORWARD = 6.0  # training in bf16 against scoring in float32; forward and backward
+SPLITS = ("val", "test")
 
 
-def token_stream(texts: list[str], tokenizer: Tokenizer) -> np.ndarray:
-    """bos, document, bos, document, ... int64; each document checked to come back byte for byte."""
-    parts = []
-    for text in texts:
-        tokens = tokenizer.encode(text)
-        if tokenizer.decode_bytes(tokens) != text.encode():
-            raise Invalid("the tokenizer does not reproduce the val text byte for byte")
-        parts.append(np.array([tokenizer.bos, *tokens], dtype=np.int64))
-    return np.concatenate(parts)
-
-
-def windows(stream: np.ndarray, seq_len: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """(inputs, targets), each (B, T): every token of the stream but the first is a target once.
-    The last window is filled up with targets of -1."""
-    num_targets = len(stream) - 1
-    count = -(-num_targets // seq_len)
-    inputs = np.zeros(count * seq_len, dtype=np.int64)
-    targets = np.full(count * seq_len, -1, dtype=np.int64)
-    inputs[:num_targets], targets[:num_targets] = stream[:-1], stream[1:]
-    for first in range(0, count, batch_size):
-        rows = slice(first * seq_len, (first + batch_size) * seq_len)
-        yield (
-            torch.from_numpy(inputs[rows]).view(-1, seq_len),
-            torch.from_numpy(targets[rows]).view(-1, seq_len),
-        )
-
-
-def nats_of_targets(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """-log p of each target in float32, (B, T); 0 where the target is -1."""
-    logits = logits_BTV.float()
-    if not torch.isfinite(logits).all():
-        raise Invalid("the model's logits are not all finite")
-    chosen = logits.gather(-1, targets_BT.clamp(min=0)[..., None]).squeeze(-1)
-    return (torch.logsumexp(logits, dim=-1) - chosen) * (targets_BT >= 0)
-
-
-@torch.inference_mode()
-def score(
-    logits_of: Logits,
-    texts: list[str],
-    tokenizer: Tokenizer,
-    seq_len: int,
-    batch_size: int,
-    device: torch.device,
-) -> tuple[float, int, int]:
-    """(bits per byte, bytes, tokens scored). Out of memory halves the batch, not the result."""
-    stream = token_stream(texts, tokenizer)
-    bytes_of_token = torch.from_numpy(tokenizer.token_bytes().astype(np.int64)).to(device)
-    nats, num_bytes, num_tokens = 0.0, 0, 0
-    try:
-        for inputs, targets in windows(stream, seq_len, batch_size):
-            inputs, targets = inputs.to(device), targets.to(device)
-            sizes = bytes_of_token[targets.clamp(min=0)] * (targets >= 0)
-            loss = nats_of_targets(logits_of(inputs), targets) * (
-                sizes > 0
-            )  # special tokens have no bytes
-            nats += float(loss.double().sum())
-            num_bytes += int(sizes.sum())
-            num_tokens += int((sizes > 0).sum())
-    except torch.OutOfMemoryError:
-        if batch_size == 1:
-            raise
-        torch.cuda.empty_cache()
-        return score(logits_of, texts, tokenizer, seq_len, batch_size // 2, device)
-    true_bytes = sum(len(text.encode()) for text in texts)
-    if num_bytes != true_bytes:
-        raise Invalid(f"{num_bytes} bytes were scored, the val text has {true_bytes}")
-    return nats / log(2) / true_bytes, true_bytes, num_tokens
-
-
-@torch.inference_mode()
-def check_causality(
-    logits_of: Logits,
-    stream: np.ndarray,
-    seq_len: int,
-    vocab_size: int,
-    num_windows: int,
-    seed: int,
-    device: torch.device,
-) -> None:
-    """Replaces what follows a random cut; logits up to the cut must not move."""
-    random = np.random.default_rng(seed)
-    length = min(seq_len, len(stream) - 1)
-    for _ in range(num_windows):
-        start = random.integers(0, len(stream) - length)
-        cut = int(random.integers(1, length)) if length > 1 else 1
-        whole = torch.from_numpy(stream[start : start + length].copy())[None]
-        altered = whole.clone()
-        altered[0, cut:] = torch.from_numpy(random.integers(0, vocab_size, length - cut))
-        before, after = (logits_of(t.to(device))[0, :cut].float() for t in (whole, altered))
-        moved = float((before - after).abs().max())
-        if not moved <= CAUSALITY_TOLERANCE:
-            raise Invalid(
-                f"logits before position {cut} moved by {moved:.3g} when later tokens were "
-                "changed: the model sees the future"
-            )
-
-
-def evaluate(run: Path, config: Config) -> Result:
-    """The result of a run's checkpoint; a broken rule is the status `invalid`, never a number."""
-    started_at = time.monotonic()
+def evaluate(run: Path, config: Config, tree: Path = ROOT, split: str = "val") -> Result:
+    """The result of a run's checkpoint with the code of `tree`."""
+    started = time.monotonic()
     training = read_training(run / TRAINING_FILE) if (run / TRAINING_FILE).is_file() else None
     if training is not None and training.status != "ok":
         return Result(status=training.status, message=training.message, training=training)
-    device = machine.pick_device(config.runtime)
-    machine.prepare(config.runtime, device)
     folder = run / CHECKPOINT_FOLDER
-    weights_before = checkpoint.weights_sha256(folder)
-    model, tokenizer, trained_with = checkpoint.load(folder, device)
-    model.dtype = machine.pick_dtype(device, trained_with.train)
-    model.eval()
-    texts = val_text(ensure_corpus(config), config.evaluate.max_bytes)
-    seq_len = trained_with.model.seq_len
     try:
-        stream = token_stream(texts, tokenizer)
-        check_causality(
-            model,
-            stream,
-            seq_len,
-            tokenizer.vocab_size,
-            config.evaluate.causality_windows,
-            config.seed,
-            device,
-        )
-        val_bpb, num_bytes, num_tokens = score(
-            model, texts, tokenizer, seq_len, config.evaluate.batch_size, device
-        )
-        if checkpoint.weights_sha256(folder) != weights_before:
-            raise Invalid("the weights on disk changed while they were evaluated")
+        weights = checkpoint.weights_sha256(folder)
+        if training and training.weights_sha256 not in (None, weights):
+            raise Invalid("the weights on disk are not those that training delivered")
+        scored = Scoring(run, config, tree, split).result(training, weights)
+        if checkpoint.weights_sha256(folder) != weights:
+            raise Invalid("the weights on disk changed while they were scored")
     except Invalid as error:
-        return Result(status="invalid", message=str(error), training=training)
-    return Result(
-        status="ok",
-        val_bpb=round(val_bpb, 6),
-        num_bytes=num_bytes,
-        num_tokens=num_tokens,
-        eval_s=round(time.monotonic() - started_at, 3),
-        weights_sha256=weights_before,
-        training=training,
+        return Result(status="invalid", message=str(error), training=training, split=split)
+    except Failed as error:
+        return Result(status=error.status, message=str(error), training=training, split=split)
+    except (OutOfMemory, MemoryError) as error:
+        message = f"out of memory while scoring, one window at a time: {error}"
+        return Result(status="oom", message=message, training=training, split=split)
+    scored.eval_s = round(time.monotonic() - started, 3)
+    return scored
+
+
+class Scoring:
+    """One evaluation: the two servers, the text, the guards."""
+
+    def __init__(self, run: Path, config: Config, tree: Path, split: str):
+        self.run, self.config, self.tree, self.split = run, config, tree, split
+        self.deadline = time.monotonic() + config.evaluate.limit_s
+        self.trained_with = checkpoint.read_config(run / CHECKPOINT_FOLDER / CONFIG_FILE)
+        self.corpus = corpus_apart(config)
+        self.tokenizer = Tokenizer.load(ensure_tokenizer(config))
+
+    def result(self, training: Training | None, weights: str) -> Result:
+        trees = code_digests(self.tree)
+        if training and training.editable_code not in (None, trees[1]):
+            raise Invalid("the code changed between training and scoring")
+        first, second = self.serve(), self.serve()  # before the text is read
+        try:
+            for server in (first, second):
+                require(server.child, self.config)
+                server.ready()
+            machine.prepare(self.config.runtime, machine.pick_device(self.config.runtime))
+            windows = self.windows()
+            nats, batch_size, forward = self.score(first, windows)
+            val_bpb = bits_per_byte(nats, windows)
+            self.check_speed(training, forward)
+            probes = check_probes(
+                second.logits, nats, windows, batch_size, self.config.evaluate.probes
+            )
+            self.check_learned(second, training, nats, windows, batch_size)
+            protections = first.child.layers
+        finally:
+            first.close()
+            second.close()
+        digest = read_manifest(self.corpus)["digest"]
+        return Result(
+            status="ok",
+            val_bpb=round(val_bpb, 9),
+            num_bytes=windows.num_bytes,
+            num_tokens=int(windows.scored.sum()),
+            forward_tokens_per_s=round(forward, 1),
+            probes=probes,
+            split=self.split,
+            weights_sha256=weights,
+            corpus_digest=digest,
+            training=training,
+            protections=protections,
+            binding=self.binding(training, weights, digest, trees, protections),
+        )
+
+    def serve(self) -> ModelServer:
+        """A process with the trained model, ready to answer."""
+        folder, values = self.run / CHECKPOINT_FOLDER, self.trained_with.model_dump()
+        values["runtime"] = self.config.runtime.model_dump()
+        vocab_size, tree = self.tokenizer.vocab_size, self.tree
+        seq_len = self.trained_with.model.seq_len
+        self.rows = rows_that_fit(self.config.evaluate.batch_size, seq_len, vocab_size)
+        box = candidate.view(self.config, tree, readable=(folder / checkpoint.WEIGHTS_FILE,))
+        shape = self.rows, seq_len, vocab_size
+        return ModelServer(
+            box, lambda: load_model(tree, folder, values, vocab_size), shape, self.deadline
+        )
+
+    def windows(self) -> Windows:
+        texts = held_out_text(self.corpus, self.split, self.config.evaluate.max_bytes)
+        return cut(texts, self.tokenizer, self.trained_with.model.seq_len)
+
+    def score(self, server: ModelServer, windows: Windows) -> tuple[np.ndarray, int, float]:
+        """(nats, batch size, tokens per second). Out of memory halves the batch, not the result."""
+        batch_size = self.rows
+        while True:
+            server.waited_s = 0.0
+            try:
+                nats = score(server.logits, windows, batch_size)
+            except OutOfMemory:
+                if batch_size == 1:
+                    raise
+                batch_size //= 2
+                continue
+            shown = -(-len(windows.inputs) // batch_size) * batch_size * windows.inputs.shape[1]
+            return nats, batch_size, shown / server.waited_s
+
+    def check_speed(self, training: Training | None, forward: float) -> None:
+        """Training goes forward and back: it cannot be many times as fast as forward alone."""
+        rate = training.tokens_per_s if training else None
+        if rate and rate > FASTER_THAN_FORWARD * forward:
+            raise Invalid(
+                f"training passed {rate:,.0f} tokens a second, but the model alone makes "
+                f"{forward:,.0f} in scoring: the tokens were not learned from"
+            )
+
+    def check_learned(
+        self,
+        server: ModelServer,
+        training: Training | None,
+        nats: np.ndarray,
+        windows: Windows,
+        batch_size: int,
+    ) -> None:
+        """Untrained weights must do worse, and must depend on the seed."""
+        if training is None or (training.steps or 0) < MIN_STEPS_TO_LEARN:
+            return
+        seed = training.seed or 0
+        others = server.untrained(seed + 1)
+        if server.untrained(seed) == others:
+            raise Invalid(
+                "the initial weights are the same for every seed: the code fixes its own seed. "
+                "Seeds belong to the harness; use torch's default generator as it comes"
+            )
+        rows = slice(0, min(batch_size, len(windows.inputs)))
+        inputs, targets = windows.inputs[rows], windows.targets[rows]
+        untrained = nats_of_rows(server.logits, inputs, targets, batch_size)
+        counted = windows.scored[rows]
+        gained = float((untrained - nats[rows])[counted].mean())
+        if gained < LEARNED_NATS:
+            raise Invalid(
+                f"nothing was learned: untrained weights do as well ({gained:+.4f} nats a token; "
+                f"at least {LEARNED_NATS} must be gained in training)"
+            )
+
+    def binding(self, training, weights, corpus, trees, protections) -> dict[str, Any]:
+        """What the number belongs to; agent/trial.py compares it with what it started."""
+        t, device = training, machine.pick_device(self.config.runtime)
+        versions = machine.facts(device)
+        return {
+            "commit": t and t.commit,
+            "fixed_code": trees[0],
+            "editable_code": trees[1],
+            "config_digest": config_digest(self.trained_with),
+            "corpus_digest": corpus,
+            "data_digest": t and t.data_digest,
+            "tokenizer_digest": self.tokenizer.digest()[:16],
+            "weights_sha256": weights,
+            "seed": t and t.seed,
+            "steps": t and t.steps,
+            "tokens": t and t.tokens,
+            "budget": self.trained_with.budget.model_dump(),
+            "device": device.type,
+            "versions": {key: versions[key] for key in ("python", "torch", "lightning")},
+            "protections": protections,
+        }
+
+
+def usage() -> int:
+    print(
+        "usage: nightshift evaluate run=<folder of a run> [split=test], "
+        "e.g. run=outputs/pretrain/latest",
+        file=sys.stderr,
     )
+    return 2
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1 or not arguments[0].startswith("run="):
-        print(
-            "usage: nightshift evaluate run=<folder of a run>, e.g. run=outputs/pretrain/latest",
-            file=sys.stderr,
-        )
+    if not all("=" in argument for argument in arguments):
+        return usage()
+    given = dict(argument.split("=", 1) for argument in arguments)
+    if "run" not in given or set(given) - {"run", "tree", "split"}:
+        return usage()
+    run, split = Path(given["run"]), given.get("split", "val")
+    if split not in SPLITS:
+        print(f"split ({split}): must be {' or '.join(SPLITS)}", file=sys.stderr)
         return 2
-    run = Path(arguments[0].removeprefix("run="))
     try:
         settings = run / CONFIG_FILE
         config = checkpoint.read_config(
             settings if settings.is_file() else run / CHECKPOINT_FOLDER / CONFIG_FILE
         )
-        result = evaluate(run, config)
+        tree = Path(given.get("tree", ROOT))
+        if split == "test":
+            result = ledger.read_test_once(run, config, lambda: evaluate(run, config, tree, "test"))
+        else:
+            result = evaluate(run, config, tree)
+            write_json(run / RESULT_FILE, result)
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
-    write_json(run / RESULT_FILE, result)
     print(
-        f"val_bpb {result.val_bpb:.6f} over {result.num_bytes:,} bytes in {result.eval_s:.1f} s"
+        f"{split}_bpb {result.val_bpb:.6f} over {result.num_bytes:,} bytes in {result.eval_s:.1f} s"
         if result.status == "ok"
         else f"{result.status}: {result.message}"
     )

@@ -32,6 +32,12 @@ def pick_dtype(device: torch.device, train: Train) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def ruler_dtype(device: torch.device, train: Train) -> torch.dtype:
+    """What a model is scored in: float32 on a CPU, where it costs little and no rounding depends on
+    the batch; on CUDA what it was trained in."""
+    return pick_dtype(device, train) if device.type == "cuda" else torch.float32
+
+
 def cpu_has_bf16() -> bool:
     try:
         with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:

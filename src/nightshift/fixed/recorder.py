@@ -16,15 +16,15 @@ from pathlib import Path
 import lightning as L
 import psutil
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, IterableDataset
 
 from nightshift.fixed import checkpoint, machine
-from nightshift.fixed.batches import Batches
 from nightshift.fixed.budget import Clock
 from nightshift.fixed.config import Config
-from nightshift.fixed.evaluate import nats_of_targets
+from nightshift.fixed.feed import EndOfData, LocalFeed, RemoteFeed
 from nightshift.fixed.result import CHECKPOINT_FOLDER, CURVE_FILE, Training, read_curve
-from nightshift.fixed.tokenizer import Tokenizer
+from nightshift.fixed.ruler import nats_of_targets
 
 NUM_WARM_UP_STEPS = 2
 TRACK_EVERY_S = 5.0  # curve points reach MLflow in batches
@@ -36,15 +36,20 @@ class Diverged(Exception):
 
 
 class Stream(IterableDataset):
-    """Micro batches from a position on, without end."""
+    """Micro batches from a position on, until the feed ends."""
 
-    def __init__(self, batches: Batches, first: int):
-        self.batches, self.first = batches, first
+    def __init__(self, feed, first: int, before_first):
+        self.feed, self.first, self.before_first = feed, first, before_first
 
     def __iter__(self):
+        self.before_first()
         index = self.first
         while True:
-            yield self.batches.batch(index)
+            try:
+                batch = self.feed.batch(index)
+            except EndOfData:
+                return
+            yield batch
             index += 1
 
 
@@ -53,19 +58,14 @@ class Recorder(L.Callback):
         self,
         module,
         config: Config,
-        clock: Clock,
-        batches: Batches,
-        tokens: Path,
-        tokenizer: Tokenizer,
+        feed: LocalFeed | RemoteFeed,
         folder: Path,
         log,
     ):
-        self.module, self.config, self.clock, self.batches = module, config, clock, batches
-        self.tokenizer, self.folder, self.run_log = tokenizer, folder, log
+        self.module, self.config, self.feed, self.clock = module, config, feed, feed.clock
+        self.tokenizer, self.folder, self.run_log = feed.tokenizer, folder, log
         self.micro_batches = config.train.batch_tokens // config.tokens_per_micro_batch
-        self.dev = Batches(
-            tokens, "dev", config.model.seq_len, config.train.micro_batch_size, config.seed
-        )
+        self.optimizer_steps: dict[int, int] = {}  # of each optimizer object, after the warm-up
         self.interrupted = False
         self.bar = Bar(config.runtime.progress_bar)
         self.points: list[dict] = []  # not yet in MLflow
@@ -89,7 +89,8 @@ class Recorder(L.Callback):
         )
 
     def loader(self) -> DataLoader:
-        stream = Stream(self.batches, self.clock.steps * self.micro_batches)
+        first = self.clock.steps * self.micro_batches
+        stream = Stream(self.feed, first, self.warm_up_once)
         return DataLoader(stream, batch_size=None, num_workers=0)
 
     @contextmanager
@@ -112,6 +113,20 @@ class Recorder(L.Callback):
 
     # -- Lightning's hooks, in the order they come
 
+    def on_fit_start(self, trainer, module) -> None:
+        self.trainer, self.is_warm = trainer, False
+        self.hook = register_optimizer_step_post_hook(self.count_step)
+
+    def count_step(self, optimizer, args, kwargs) -> None:
+        self.optimizer_steps[id(optimizer)] = self.optimizer_steps.get(id(optimizer), 0) + 1
+
+    def warm_up_once(self) -> None:
+        """Before the first batch is asked for: from there on time counts."""
+        if not self.is_warm:
+            self.is_warm = True
+            self.warm_up(self.trainer.optimizers[0])
+            self.optimizer_steps.clear()
+
     def on_train_start(self, trainer, module) -> None:
         for number in (
             signal.SIGINT,
@@ -119,7 +134,6 @@ class Recorder(L.Callback):
         ):  # here: Lightning installs its own before this hook
             signal.signal(number, self.on_signal)
         optimizer = trainer.optimizers[0]
-        self.warm_up(optimizer)
         curve = self.folder / CURVE_FILE
         kept = []
         if self.resumed:
@@ -159,6 +173,7 @@ class Recorder(L.Callback):
 
     def on_train_end(self, trainer, module) -> None:
         self.clock.stop()
+        self.hook.remove()
         self.run_log.curve(self.points)
         self.points = []
         self.curve_file.close()
@@ -249,9 +264,7 @@ class Recorder(L.Callback):
             self.device
         )
         nats = num_bytes = 0.0
-        for inputs, targets in self.dev.in_order(
-            self.config.runtime.dev_bytes // 4
-        ):  # about 4 bytes a token
+        for inputs, targets in self.feed.dev_batches():
             inputs, targets = inputs.to(self.device), targets.to(self.device)
             sizes = bytes_of_token[targets]
             nats += float(

@@ -5,8 +5,10 @@ believed). A missing number is null, never 0. Standard library only: the researc
 file.
 """
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ CHECKPOINT_FOLDER = "checkpoint"
 SAMPLES_FILE = "samples.json"  # [{"prompt": ..., "completion": ...}]
 CONFIG_FILE = "config.yaml"  # the resolved config
 LOG_FILE = "run.log"
+
+EDITABLE_MODULES = ("model", "optim", "schedule", "training", "filtering")  # of src/nightshift
 
 
 @dataclass(kw_only=True)
@@ -41,8 +45,13 @@ class Training:
     seed: int | None = None
     config_digest: str | None = None
     data_digest: str | None = None  # of the token manifest: corpus, filter, tokenizer
+    weights_sha256: str | None = None  # of the file that was taken over
     code: str | None = None  # folder that the code was imported from
     commit: str | None = None
+    fixed_code: str | None = None  # digest of the files below src/ that trials may not change
+    editable_code: str | None = None  # and of those that they may
+    cpu_s: float | None = None  # of the candidate's processes
+    protections: dict[str, list[str]] | None = None  # of the sandbox; null: it ran without one
     machine: dict[str, Any] = field(default_factory=dict)
 
 
@@ -56,7 +65,13 @@ class Result:
     num_bytes: int | None = None  # raw bytes scored
     num_tokens: int | None = None  # predictions scored
     eval_s: float | None = None
+    forward_tokens_per_s: float | None = None  # of the model server, while it scored
+    probes: int | None = None  # windows shown again with another future
+    split: str = "val"
     weights_sha256: str | None = None
+    corpus_digest: str | None = None
+    binding: dict[str, Any] | None = None  # everything that the number belongs to
+    protections: dict[str, list[str]] | None = None  # of the sandbox that the model was scored in
     training: Training | None = None
 
     def __post_init__(self):
@@ -93,6 +108,28 @@ def _build(kind, values: dict[str, Any], path: Path):
             f"{path}: unknown field {sorted(unknown)[0]!r}; it was written by other code"
         )
     return kind(**values)
+
+
+def code_digests(tree: Path) -> tuple[str, str]:
+    """(fixed, editable) of the files below <tree>/src, as they lie on disk."""
+    blobs = {}
+    for path in sorted((tree / "src").rglob("*.py")):
+        content = path.read_bytes()
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content)
+        blobs[path.relative_to(tree).as_posix()] = blob.hexdigest()
+    return digests_of_blobs(blobs)
+
+
+def digests_of_blobs(blobs: Mapping[str, str]) -> tuple[str, str]:
+    """(fixed, editable) from git's blob ids: what `git ls-tree` says of a commit compares."""
+    editable = {f"src/nightshift/{name}.py" for name in EDITABLE_MODULES}
+    parts: list[dict[str, str]] = [{}, {}]
+    for path, blob in blobs.items():
+        parts[path in editable][path] = blob
+    fixed, changed = (
+        hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for part in parts
+    )
+    return fixed, changed
 
 
 def read_training(path: Path) -> Training:

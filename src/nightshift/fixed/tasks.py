@@ -14,7 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from nightshift.fixed.config import TASKS
+from nightshift.fixed.config import Tasks
+
+TASKS = tuple(Tasks.model_fields)
 
 MAX_TEXT_CHARS = 20_000_000  # of the train split that words and sentences are taken from
 MIN_WORD_COUNT = 20  # a word that is spelled occurs so often, or as often as the text allows
@@ -37,7 +39,7 @@ def question(task: str, asked: str, answer: str, choices: list[str] | None = Non
 
 
 def make(counts: dict[str, int], documents: Iterable[tuple[str, str]], seed: int) -> list[Chat]:
-    """At most so many different questions of each kind, in the order of fixed/config.py's TASKS."""
+    """At most so many different questions of each kind, kind by kind."""
     names, words, sentences = look_at(documents)
     makers = {
         "spelling": lambda rng: spelling(rng, words),

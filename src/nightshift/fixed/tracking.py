@@ -49,6 +49,7 @@ NOT_PARAMS = (  # paths, addresses, ids: the same for all runs, or of no meaning
     "evaluate.sample_prompts",
     "chat_evaluate.sample_questions",
     "runtime.",
+    "sandbox.",
 )
 VIEW = "nightshift"  # key of the saved view of the runs table
 VIEW_COLUMNS = {  # with their widths in pixels
