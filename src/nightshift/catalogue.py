@@ -23,11 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import yaml
 
 from nightshift.fixed import checkpoint
-from nightshift.fixed.config import ROOT, Config, ConfigError
+from nightshift.fixed.config import ROOT, ConfigError, Model, check
 from nightshift.fixed.result import CHECKPOINT_FOLDER, RESULT_FILE, TRAINING_FILE
 from nightshift.fixed.tokenizer import Tokenizer
+from nightshift.model import GPT
 from nightshift.sft import CHAT_RESULT_FILE
 
 MODEL_FILE = "src/nightshift/model.py"
@@ -86,16 +88,28 @@ def default(root: Path = ROOT) -> Entry:
 
 def load(
     folder: Path, device: torch.device | str = "cpu", root: Path = ROOT
-) -> tuple[torch.nn.Module, Tokenizer, Config]:
-    """As `checkpoint.load`, with the checkpoint's own model.py. Raises ConfigError."""
+) -> tuple[torch.nn.Module, Tokenizer, Model]:
+    """The model by the checkpoint's own model.py, its tokenizer, its shape. Raises ConfigError.
+
+    Of the configuration only the group `model` is checked: the rest may be of an older schema.
+    """
     source = model_source(folder, root)
-    if source == (ROOT / MODEL_FILE).read_text(encoding="utf-8"):
-        return checkpoint.load(folder, device)
-    config = checkpoint.read_config(folder / "config.yaml")
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    model = model_class(source)(config.model, tokenizer.vocab_size)
+    shape, tokenizer = read_shape(folder), Tokenizer.load(folder / "tokenizer")
+    model = model_class(source)(shape, tokenizer.vocab_size)
     checkpoint.load_weights(model, folder)
-    return model.to(device), tokenizer, config
+    return model.to(device), tokenizer, shape
+
+
+def read_values(folder: Path) -> dict:
+    """A checkpoint's configuration as it was saved. Raises ConfigError."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{path}: there is no such file; give a run's folder or a checkpoint's")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def read_shape(folder: Path) -> Model:
+    return check(read_values(folder)["model"], Model)
 
 
 def model_source(folder: Path, root: Path = ROOT) -> str:
@@ -109,11 +123,17 @@ def model_source(folder: Path, root: Path = ROOT) -> str:
         shown = subprocess.run(git, capture_output=True, text=True)
         if shown.returncode == 0:
             return shown.stdout
-    return (ROOT / MODEL_FILE).read_text(encoding="utf-8")
+    return own_source()
+
+
+def own_source() -> str:
+    return Path(sys.modules[GPT.__module__].__file__).read_text(encoding="utf-8")
 
 
 def model_class(source: str) -> type:
-    """The class GPT of a model.py that is not ours, in a module of its own."""
+    """The class GPT of a model.py: ours, or in a module of its own if it differs."""
+    if source == own_source():
+        return GPT
     name = f"nightshift_model_{hashlib.sha256(source.encode()).hexdigest()[:12]}"
     if name not in sys.modules:
         module = types.ModuleType(name)

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 from nightshift import catalogue
 from nightshift.fixed import checkpoint
-from nightshift.fixed.config import ROOT, Config, ConfigError
+from nightshift.fixed.config import ROOT, ConfigError, Model
 from nightshift.fixed.result import write_json
 from nightshift.fixed.tokenizer import CHUNK_CHARS, PROBE, Tokenizer
 
@@ -50,11 +50,10 @@ def export(folder: Path, out: Path, repo: Path = ROOT) -> Path:
     """Writes `out`, which must be new or empty. Raises ConfigError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out}: is there already; give the name of a new folder")
-    config = checkpoint.read_config(folder / "config.yaml")
-    tokenizer = Tokenizer.load(folder / "tokenizer")
+    shape, tokenizer = catalogue.read_shape(folder), Tokenizer.load(folder / "tokenizer")
     code = self_contained(catalogue.model_source(folder, repo), folder)
     out.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(tokenizer, out, config.model.seq_len)
+    write_tokenizer(tokenizer, out, shape.seq_len)
     weights = load_file(folder / checkpoint.WEIGHTS_FILE)
     save_file(
         {f"gpt.{name}": weight for name, weight in weights.items()},
@@ -64,8 +63,8 @@ def export(folder: Path, out: Path, repo: Path = ROOT) -> Path:
     (out / "gpt.py").write_text(code, encoding="utf-8")
     for name in CARRIED:
         shutil.copyfile(Path(__file__).with_name("huggingface") / name, out / name)
-    write_configs(config, tokenizer, out)
-    (out / "README.md").write_text(model_card(folder, config, tokenizer), encoding="utf-8")
+    write_configs(shape, tokenizer, out)
+    (out / "README.md").write_text(model_card(folder, tokenizer), encoding="utf-8")
     return out
 
 
@@ -80,7 +79,7 @@ def self_contained(source: str, folder: Path) -> str:
     return code
 
 
-def write_configs(config: Config, tokenizer: Tokenizer, out: Path) -> None:
+def write_configs(shape: Model, tokenizer: Tokenizer, out: Path) -> None:
     special = tokenizer.special
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": special["<|assistant_end|>"]}
     ids["pad_token_id"] = tokenizer.bos
@@ -93,7 +92,7 @@ def write_configs(config: Config, tokenizer: Tokenizer, out: Path) -> None:
         "model_type": "nightshift",
         "dtype": "float32",
         "vocab_size": tokenizer.vocab_size,
-        "model": config.model.model_dump(),
+        "model": shape.model_dump(),
         "use_cache": False,
         **ids,
     }
@@ -210,14 +209,15 @@ def check_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
 # -- the card ------------------------------------------------------------------------------------
 
 
-def facts_table(folder: Path, config: Config, tokenizer: Tokenizer) -> str:
+def facts_table(folder: Path, tokenizer: Tokenizer) -> str:
     """What the checkpoint is and what was measured, as Markdown."""
-    known, model = catalogue.facts(folder), config.model
+    known, model = catalogue.facts(folder), catalogue.read_shape(folder)
+    corpus = catalogue.read_values(folder)["corpus"]
     rows = {
         "parameters": known.get("num_params"),
         "layers, width, context": f"{model.depth}, {model.width}, {model.seq_len} tokens",
         "vocabulary": tokenizer.vocab_size,
-        "corpus": config.corpus.repo or config.corpus.source,
+        "corpus": corpus["repo"] or corpus["source"],
         "training tokens": known.get("tokens"),
         "val_bpb (bits per byte of held-out text)": known["val_bpb"],
         "chat_bpb (bits per byte of held-out answers)": known["chat_bpb"],
@@ -227,7 +227,7 @@ def facts_table(folder: Path, config: Config, tokenizer: Tokenizer) -> str:
     return "\n".join(["| | |", "|---|---|", *lines])
 
 
-def model_card(folder: Path, config: Config, tokenizer: Tokenizer) -> str:
+def model_card(folder: Path, tokenizer: Tokenizer) -> str:
     """What a reader needs: what it is, its numbers, how it is loaded, what it is not."""
     return f"""---
 library_name: transformers
@@ -235,7 +235,7 @@ pipeline_tag: text-generation
 ---
 # A model by nightshift
 
-{facts_table(folder, config, tokenizer)}
+{facts_table(folder, tokenizer)}
 
 ```python
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -250,7 +250,7 @@ Documents begin with `<|bos|>`: the tokenizer adds no token by itself, the chat 
 
 `trust_remote_code` runs `gpt.py` and `modeling_nightshift.py` of this folder: read them first.
 It is a small model for research: what it says is often false, and it says what its texts said.
-Texts longer than {config.model.seq_len} tokens are cut on the left.
+Texts longer than {catalogue.read_shape(folder).seq_len} tokens are cut on the left.
 """
 
 

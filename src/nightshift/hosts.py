@@ -10,13 +10,13 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from nightshift import catalogue
 from nightshift.catalogue import Entry
-from nightshift.fixed import machine
-from nightshift.fixed.config import ConfigError
+from nightshift.fixed.config import ROOT, ConfigError
 from nightshift.generate import Engine, Piece, Sampling
 from nightshift.openai_api import ApiError, TokenLogprob
 
@@ -83,11 +83,11 @@ class Recorder:
 class Host:
     """One model. Construct it in a thread: loading takes seconds."""
 
-    def __init__(self, entry: Entry, device: torch.device):
+    def __init__(self, entry: Entry, device: torch.device, root: Path = ROOT):
         self.entry = entry
-        model, self.tokenizer, config = catalogue.load(entry.folder, device)
+        model, self.tokenizer, _ = catalogue.load(entry.folder, device, root)
         if device.type == "cuda":  # on a CPU float32: the cached answer is the uncached one
-            model.dtype = machine.pick_dtype(device, config.train)
+            model.dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
         self.engine = Engine(model, self.tokenizer)
         self.seq_len = self.engine.seq_len
         self.waiting: deque[Ticket] = deque()
@@ -242,7 +242,7 @@ class Hosts:
 
     async def _load(self, entry: Entry) -> Host:
         try:
-            return await asyncio.to_thread(Host, entry, self.device)
+            return await asyncio.to_thread(Host, entry, self.device, self.root)
         except (ConfigError, ValueError, OSError) as error:
             raise ApiError(500, f"{entry.name} cannot be loaded: {error}", "model") from None
 

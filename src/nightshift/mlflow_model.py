@@ -48,9 +48,9 @@ class ChatFunction(PythonModel):
 
         folder = Path(context.artifacts["checkpoint"])
         source = Path(context.artifacts["code"]).read_text(encoding="utf-8")
-        config = checkpoint.read_config(folder / "config.yaml")
         tokenizer = Tokenizer.load(folder / "tokenizer")
-        model = catalogue.model_class(source)(config.model, tokenizer.vocab_size)
+        shape = catalogue.read_shape(folder)
+        model = catalogue.model_class(source)(shape, tokenizer.vocab_size)
         checkpoint.load_weights(model, folder)
         self.engine = Engine(model, tokenizer)
 
@@ -162,8 +162,7 @@ def _log_model(folder: Path, name: str):
 
 
 def _card(folder: Path) -> str:
-    config = checkpoint.read_config(folder / "config.yaml")
-    return export.facts_table(folder, config, Tokenizer.load(folder / "tokenizer"))
+    return export.facts_table(folder, Tokenizer.load(folder / "tokenizer"))
 
 
 def _describe(client, name: str, version: str, folder: Path, alias: str | None) -> None:
