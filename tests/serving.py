@@ -17,6 +17,7 @@ def server(root: Path, **environment: str):
     process = subprocess.Popen(
         [sys.executable, "-m", "nightshift.cli", "serve", "--root", str(root), "--port", "18000"],
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | environment,
     )

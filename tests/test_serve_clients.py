@@ -2,7 +2,10 @@
 
 import asyncio
 import importlib.util
+import json
+import signal
 import time
+import urllib.request
 
 import psutil
 import pytest
@@ -107,6 +110,18 @@ def test_langchain_chats_streams_and_counts(address):
         total += piece
     assert total.usage_metadata["output_tokens"] == 12
     assert len(model.batch(["a", "b", "c"])) == 3
+
+
+def test_ctrl_c_ends_the_server_at_once_and_quietly_also_during_an_answer(root):
+    with server(root) as (address, process):
+        body = json.dumps({"prompt": "The night", "max_tokens": 4000, "stream": True}).encode()
+        request = urllib.request.Request(f"{address}/v1/completions", body)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            answer.readline()
+            process.send_signal(signal.SIGINT)
+            assert b"the server stops" in answer.read()
+        assert process.wait(20) == 0
+        assert process.stderr.read() == ""
 
 
 @needs("openai")

@@ -142,7 +142,7 @@ class Host:
                 continue
             self.num_steps += 1
             self._deliver(said)
-        self._fail(RuntimeError("it was unloaded"))
+        self._fail(RuntimeError("it was unloaded, or the server stops"))
 
     def _admit(self) -> bool:
         """Waits for work, drops rows whose client is gone, lets others in; False: closed."""
@@ -254,3 +254,8 @@ class Hosts:
     def close(self) -> None:
         for host in self.loaded.values():
             host.close()
+
+    def join(self) -> None:
+        """Waits until no thread is inside a model: torch ends badly when Python exits under it."""
+        for host in self.loaded.values():
+            host.thread.join(5)

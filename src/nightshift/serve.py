@@ -19,11 +19,12 @@ import logging
 import os
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request as HttpRequest
@@ -34,6 +35,7 @@ from nightshift import catalogue, openai_api
 from nightshift.fixed.config import ROOT, ConfigError
 from nightshift.hosts import Closed, Host, Hosts, Said, Ticket
 from nightshift.openai_api import Answer, ApiError, ChatRequest, CompletionRequest, event
+from nightshift.ui import free_port
 
 PAGE = Path(__file__).with_name("page.html")
 MAX_BODY_BYTES = 4 << 20
@@ -49,6 +51,7 @@ def build_app(hosts: Hosts, api_key: str | None = None, host: str = LOOPBACK[0])
     async def lifespan(app):
         yield
         hosts.close()
+        await asyncio.to_thread(hosts.join)
 
     routes = [
         Route("/", page),
@@ -335,11 +338,25 @@ async def together(tickets: Sequence[Ticket]) -> AsyncIterator[tuple[int, Said]]
 # -- the command ---------------------------------------------------------------------------------
 
 
+class Server(uvicorn.Server):
+    """Says where it is when it is there; ends open answers when it is told to stop."""
+
+    def __init__(self, app: Starlette, host: str, port: int, greeting: str):
+        settings = {"log_level": "warning", "timeout_graceful_shutdown": 5}
+        super().__init__(uvicorn.Config(app, host=host, port=port, **settings))
+        self.hosts, self.greeting = app.state.hosts, greeting
+
+    async def startup(self, sockets=None) -> None:
+        await super().startup(sockets)
+        print(self.greeting, flush=True)
+
+    def handle_exit(self, number, frame) -> None:
+        """With an error event as their last: else uvicorn would wait for them."""
+        self.hosts.close()
+        super().handle_exit(number, frame)
+
+
 def main(arguments: list[str]) -> int:
-    import uvicorn
-
-    from nightshift.ui import free_port
-
     args = parser().parse_args(arguments)
     api_key = os.environ.get(KEY_VARIABLE) or None
     try:
@@ -351,14 +368,14 @@ def main(arguments: list[str]) -> int:
         return 2
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    app = build_app(Hosts(default, device, args.keep_loaded, args.root), api_key, args.host)
-    shown = f"[{args.host}]" if ":" in args.host else args.host
-    print(f"{default.name} on http://{shown}:{port}  (API: http://{shown}:{port}/v1)")
     if args.host not in LOOPBACK and not api_key:
         print(f"anybody who reaches {args.host} can use it: set {KEY_VARIABLE}", file=sys.stderr)
-    print("Ctrl-C stops it.", flush=True)
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # a client that is gone is no news
-    uvicorn.run(app, host=args.host, port=port, log_level="warning", timeout_graceful_shutdown=2)
+    app = build_app(Hosts(default, device, args.keep_loaded, args.root), api_key, args.host)
+    place = f"http://{f'[{args.host}]' if ':' in args.host else args.host}:{port}"
+    greeting = f"{default.name} on {place}  (API: {place}/v1)\nCtrl-C stops it."
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again when all is closed
+        Server(app, args.host, port, greeting).run()
     return 0
 
 
