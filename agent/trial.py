@@ -32,6 +32,7 @@ from nightshift.fixed.result import (
     CONFIG_FILE,
     LOG_FILE,
     RESULT_FILE,
+    SCRATCH_FOLDER,
     TRAINING_FILE,
     Result,
     Training,
@@ -100,7 +101,7 @@ class Bench:
 
     def preflight(self, seed: int, num_steps: int, limit_s: float) -> Run:
         """Data, a few steps and a small evaluation: most mistakes show here, for seconds."""
-        if problem := self._prepare(seed, limit_s):
+        if problem := self.prepare(seed, limit_s):
             return self._numbers(seed, problem, self.folder / "prepare", 0.0)
         return self.run(
             "preflight",
@@ -127,7 +128,7 @@ class Bench:
         OmegaConf.save(OmegaConf.create(config.model_dump()), folder / CONFIG_FILE)
         return config
 
-    def _prepare(self, seed: int, limit_s: float) -> Result | None:
+    def prepare(self, seed: int, limit_s: float) -> Result | None:
         """Corpus, tokenizer and tokens of this configuration; what went wrong, or None."""
         folder = self.folder / "prepare"
         shutil.rmtree(folder, ignore_errors=True)
@@ -167,6 +168,7 @@ class Bench:
         """What went wrong, or None: there is a checkpoint to evaluate."""
         self.show(f"{name}: training")
         problem = self._execute(TRAIN, folder, limit_s)
+        shutil.rmtree(folder / SCRATCH_FOLDER, ignore_errors=True)  # of one that was killed
         training = _read(read_training, folder / TRAINING_FILE)
         if training is not None and training.status != "ok":
             return Result(status=training.status, message=training.message, training=training)

@@ -31,19 +31,21 @@ def main() -> None:
     starter, measured = Starter(out, True), {}
     for name in names:
         journal = Journal(ROOT / "outputs" / "studies" / name / "journal.jsonl")
-        for trial in journal.lineage:
-            if trial.digest not in measured:  # studies share their baseline
-                measured[trial.digest] = fresh_runs(starter, out, name, trial, seeds, threads)
-            if trial.parent is not None:
-                parent = journal.trials[trial.parent]
-                report(name, trial, measured[parent.digest], measured[trial.digest])
+        with workspace.worktree(ROOT, out / name / "base", journal.trials[0].commit) as base:
+            for trial in journal.lineage:
+                if trial.digest not in measured:  # studies share their baseline
+                    place = out / name / f"{trial.number:03d}"
+                    measured[trial.digest] = fresh_runs(starter, place, base, trial, seeds, threads)
+                if trial.parent is not None:
+                    parent = journal.trials[trial.parent]
+                    report(name, trial, measured[parent.digest], measured[trial.digest])
         if len(journal.lineage) == 1:
             print(f"{name}: kept nothing", flush=True)
     starter.close()
 
 
-def fresh_runs(starter, out: Path, name: str, trial: Trial, seeds, threads) -> list[float]:
-    folder = out / name / f"{trial.number:03d}"
+def fresh_runs(starter, folder: Path, base: Path, trial: Trial, seeds, threads) -> list[float]:
+    out = folder.parents[1]
     with workspace.worktree(ROOT, folder / "worktree", trial.commit) as tree:
         config = workspace.resolve(tree)
         runtime = config.runtime.model_copy(update={"num_threads": threads})
@@ -52,6 +54,9 @@ def fresh_runs(starter, out: Path, name: str, trial: Trial, seeds, threads) -> l
             study_folder=out,
             folder=folder,
             tree=tree,
+            base=base,
+            code=workspace.code_digests(tree, trial.commit),
+            baseline_work=None,
             config=config.model_copy(update={"runtime": runtime}),
             own_cache=folder / "cache",
             shared_cache=ROOT / ".cache",
@@ -59,9 +64,11 @@ def fresh_runs(starter, out: Path, name: str, trial: Trial, seeds, threads) -> l
             stop=Stop(),
             show=lambda what: None,
         )
+        if problem := bench.prepare(seeds[0], 3600.0):
+            sys.exit(f"trial {trial.number}: {problem.message}")
         runs = [bench.run(f"seed_{seed}", seed, config.budget.wall_limit_s) for seed in seeds]
     if bad := [run for run in runs if run.status != "ok"]:
-        sys.exit(f"{name} trial {trial.number}: {bad[0].status} {bad[0].message}")
+        sys.exit(f"trial {trial.number}: {bad[0].status} {bad[0].message}")
     return [run.val_bpb for run in runs]
 
 

@@ -3,10 +3,11 @@ import pytest
 import torch
 from data_config import folder_config, sentence, write_texts
 
+from nightshift import filtering
 from nightshift.fixed import batches, corpus, store
 from nightshift.fixed import tokenizer as tokenizer_module
 from nightshift.fixed.batches import Batches
-from nightshift.fixed.config import ConfigError
+from nightshift.fixed.config import ROOT, ConfigError
 from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
 
 
@@ -66,11 +67,28 @@ def test_the_filter_applies_to_train_alone(texts_folder):
     assert (plain / "dev.bin").read_bytes() == (folder / "dev.bin").read_bytes()
 
 
-def test_editing_the_code_of_the_filter_makes_other_tokens(texts_folder, monkeypatch):
+def test_editing_the_code_of_the_filter_makes_other_tokens(texts_folder, tmp_path):
     config = folder_config(texts_folder)
-    before = batches.tokens_key(config, "c", "t")
-    monkeypatch.setattr(batches.inspect, "getsource", lambda module: "edited")
-    assert batches.tokens_key(config, "c", "t") != before
+    path = tmp_path / "src/nightshift/filtering.py"
+    path.parent.mkdir(parents=True)
+    path.write_text("edited")
+    assert batches.tokens_key(config, "c", "t", tmp_path) != batches.tokens_key(config, "c", "t")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "words"),
+    [
+        (lambda text: (text + " more", 1), "no training document"),
+        (lambda text: (text, 256), "possible: 0 to 255"),
+        (lambda text: (text, -1), "possible: 0 to 255"),
+    ],
+)
+def test_a_filter_chooses_documents_and_cannot_write_them(texts_folder, monkeypatch, chosen, words):
+    config = folder_config(texts_folder)
+    select = lambda documents, settings: (chosen(text) for _, text in documents)  # noqa: E731
+    monkeypatch.setattr(filtering, "select", select)
+    with pytest.raises(ConfigError, match=words):
+        batches.copies_here(corpus.ensure_corpus(config), config)
 
 
 def test_a_filter_that_keeps_nothing_is_one_line(texts_folder):
@@ -157,13 +175,16 @@ def test_random_access_into_a_stream_larger_than_memory_reads_only_its_windows(t
 
 def test_the_stages_write_the_dvc_outputs_and_later_runs_find_them(texts_folder, monkeypatch):
     root = texts_folder / "checkout"
+    filter_code = "src/nightshift/filtering.py"
+    (root / filter_code).parent.mkdir(parents=True)
+    (root / filter_code).write_text((ROOT / filter_code).read_text())
     for module in (store, corpus, tokenizer_module, batches):
         monkeypatch.setattr(module, "ROOT", root)
     config = folder_config(texts_folder, runtime__cache_dir="unused")
     for module in (corpus, tokenizer_module, batches):
         module.stage(config)
     assert batches.ensure_tokens(config) == root / "data" / "tokens"
-    assert sorted(path.name for path in root.iterdir()) == ["data"]
+    assert sorted(path.name for path in root.iterdir()) == ["data", "src"]
     assert sorted(path.name for path in (root / "data").iterdir()) == [
         "corpus",
         "tokenizer",

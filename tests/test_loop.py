@@ -21,7 +21,7 @@ from standin import (
     values,
 )
 
-from agent import workspace
+from agent import study, workspace
 from agent.loop import main
 from agent.settings import compose
 from agent.warm import marked_processes
@@ -180,6 +180,22 @@ def wait_for(condition, limit_s: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.02)
+
+
+def test_a_study_that_demands_a_protection_does_not_start_without_it(project, capsys, monkeypatch):
+    found = {"layers": {"files": ["landlock"]}, "open": ["network"]}
+    monkeypatch.setattr(study, "ask_doctor", lambda: found)
+    assert main(overrides(1, "sandbox.require=all"), project) == 2
+    said = capsys.readouterr().err
+    assert "network does not hold on this machine" in said and "nightshift doctor" in said
+    assert not study_folder(project).exists(), "nothing was written"
+    assert main(overrides(0, "sandbox.require=[files]"), project) == 0
+    assert "sandbox does not hold for: network" in capsys.readouterr().out
+
+
+def test_a_protection_that_does_not_exist_is_one_line(project, capsys):
+    assert main(overrides(1, "sandbox.require=[fils]"), project) == 2
+    assert "Nearest: files." in capsys.readouterr().err
 
 
 def test_second_process_of_the_same_study_is_refused(project, capsys):

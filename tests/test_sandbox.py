@@ -59,6 +59,31 @@ def test_every_attack_of_the_doctor_is_held_off():
     assert set(found["layers"]) == set(PROTECTIONS)
 
 
+WITHOUT_UNSHARE = """
+import ctypes, os, platform, struct, sys
+number = {"x86_64": 272, "aarch64": 97}[platform.machine()]
+lines = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7fff0000)]
+code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in lines))
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_void_p)]
+program, libc = Program(len(lines), ctypes.cast(code, ctypes.c_void_p)), ctypes.CDLL(None)
+libc.prctl(38, 1, 0, 0, 0)
+assert libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0
+os.execv(sys.executable, [sys.executable, "-m", "nightshift.fixed.doctor", "--json"])
+"""
+
+
+def test_where_namespaces_are_forbidden_landlock_and_seccomp_hold_alone():
+    """As in most containers: the kernel refuses `unshare` to the whole process tree."""
+    command = [sys.executable, "-c", WITHOUT_UNSHARE]
+    environment = clean_environment("/tmp") | {"PYTHONPATH": SRC}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    assert found["layers"]["files"] == ["landlock"], found["layers"]
+    assert found["layers"]["processes"] == ["subreaper"]
+    assert found["open"] == [], [f for f in found["findings"] if not f["holds"]]
+
+
 def test_the_doctor_says_what_is_open_and_what_to_do():
     findings = [
         doctor.Finding("files", "read a file outside", False, "got through"),

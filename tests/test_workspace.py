@@ -102,6 +102,52 @@ def test_proposal_that_breaks_a_rule_is_refused_in_one_line(shared_tree, proposa
     assert run_git(tree, "rev-parse", "HEAD") == head
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch.manual_seed(3)",
+        "import torch\ntorch.cuda.manual_seed_all(3)",
+        "import torch\ntorch.Generator().manual_seed(3)",
+        "from torch import manual_seed",
+        "from lightning import seed_everything as noise",
+        "import numpy as np\nrandom = np.random.default_rng(3)",
+        "import random\nrandom.seed(3)",
+        "import torch\ntorch.set_rng_state(torch.zeros(9))",
+    ],
+)
+def test_an_edit_that_seeds_a_random_generator_is_refused(shared_tree, code):
+    run_git(shared_tree, "checkout", "--quiet", "--", ".")
+    with pytest.raises(Refused, match="seeds belong to the harness"):
+        workspace.apply(shared_tree, edit("src/nightshift/model.py", replace=code), "t")
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import torch\nx = torch.randn(3)", "seed_words = 'manual_seed'", "def unseeded(): return 1"],
+)
+def test_drawing_random_numbers_is_fine(tree, code):
+    workspace.apply(tree, edit("src/nightshift/model.py", replace=code), "t")
+
+
+def test_the_digests_of_git_are_those_of_the_files(tree):
+    from nightshift.fixed.result import code_digests
+
+    start = run_git(tree, "rev-parse", "HEAD")
+    assert workspace.code_digests(tree, start) == code_digests(tree)
+    workspace.apply(tree, bonus(0.0, 0.5), "t")
+    fixed, editable = workspace.code_digests(tree, start)
+    assert (fixed, editable) == code_digests(tree)
+    assert editable != workspace._digests_at(tree, start)[1]
+
+
+def test_a_commit_that_touches_fixed_code_is_refused(tree):
+    start = run_git(tree, "rev-parse", "HEAD")
+    (tree / "src/nightshift/fixed/evaluate.py").write_text("print('val_bpb 0.1')")
+    workspace._commit(tree, "evil", ["src"])
+    with pytest.raises(Refused, match="differ from the study's base commit"):
+        workspace.code_digests(tree, start)
+
+
 def test_value_file_that_reaches_into_another_group_is_refused(project, tree):
     """A comment on the first line could already move a file's package: here the base has one."""
     path = tree / "conf/model/tiny.yaml"

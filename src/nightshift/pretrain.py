@@ -246,6 +246,7 @@ def quiet_lightning() -> None:
 def samples(model, tokenizer, config: Config) -> list[dict[str, str]]:
     from nightshift.generate import Engine, Sampling
 
+    model.eval()
     e = config.evaluate
     if not e.sample_tokens or not e.sample_prompts:
         return []

@@ -67,10 +67,8 @@ def job(values: dict[str, Any]) -> int:
 
     hydra = HydraConfig.get()
     folder, given = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
-    overrides = [
-        o for o in given if not o.startswith(("run_name=", "tracking", "runtime", "sandbox"))
-    ]
-    overrides = [o for o in overrides if not o.startswith("parent_run_id=")]
+    no_matter = ("parent_run_id=", "run_name=", "tracking", "runtime", "sandbox")
+    overrides = [o for o in given if not o.startswith(no_matter)]
     try:
         tracking = check(values["tracking"], knobs.Tracking)
         return tracked_run(values, tracking, folder, overrides)

@@ -181,8 +181,9 @@ class Recorder(L.Callback):
     # -- what they do
 
     def warm_up(self, optimizer) -> None:
-        """Compiles and allocates on made-up tokens; weights, optimizer and RNG stay as before."""
-        weights = [p.detach().clone() for p in self.module.parameters()]
+        """Compiles and allocates on made-up tokens; weights, buffers, optimizer and RNG stay."""
+        state = [*self.module.parameters(), *self.module.buffers()]
+        before = [tensor.detach().clone() for tensor in state]
         rng = torch.get_rng_state()
         cuda_rng = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else None
         shape = (self.config.train.micro_batch_size, self.config.model.seq_len)
@@ -195,8 +196,8 @@ class Recorder(L.Callback):
             optimizer.step()
             optimizer.zero_grad()
         with torch.no_grad():
-            for parameter, weight in zip(self.module.parameters(), weights, strict=True):
-                parameter.copy_(weight)
+            for tensor, value in zip(state, before, strict=True):
+                tensor.copy_(value)
         optimizer.state.clear()
         self.module.losses.clear()
         torch.set_rng_state(rng)
@@ -255,8 +256,12 @@ class Recorder(L.Callback):
         if not done and self.clock.progress < (self.dev_points_done + 1) / wanted:
             return None
         self.dev_points_done += 1
+        model, was_training = self.module.model, self.module.model.training
         with self.clock.paused():
-            return self.dev_bpb()
+            model.eval()  # dropout and statistics stand still
+            measured = self.dev_bpb()
+            model.train(was_training)
+        return measured
 
     @torch.no_grad()
     def dev_bpb(self) -> float:

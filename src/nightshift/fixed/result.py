@@ -22,6 +22,7 @@ CHECKPOINT_FOLDER = "checkpoint"
 SAMPLES_FILE = "samples.json"  # [{"prompt": ..., "completion": ...}]
 CONFIG_FILE = "config.yaml"  # the resolved config
 LOG_FILE = "run.log"
+SCRATCH_FOLDER = "scratch"  # the one folder that a candidate's training may write to
 
 EDITABLE_MODULES = ("model", "optim", "schedule", "training", "filtering")  # of src/nightshift
 

@@ -98,12 +98,17 @@ def cut(texts: list[str], tokenizer: Tokenizer, seq_len: int) -> Windows:
 
 
 def nats_of_targets(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """-log p of each target in float32, (B, T); 0 where the target is -1. Raises Invalid."""
+    """-log p of each target in float32, (B, T); 0 where the target is -1. Raises Invalid.
+
+    The largest logit is taken off before anything is rounded: with 1e30 on all of them
+    logsumexp(logits) - logits[target] would be exactly 0.
+    """
     logits = logits_BTV.float()
     if not torch.isfinite(logits).all():
         raise Invalid("the model's logits are not all finite")
-    chosen = logits.gather(-1, targets_BT.clamp(min=0)[..., None]).squeeze(-1)
-    return (torch.logsumexp(logits, dim=-1) - chosen) * (targets_BT >= 0)
+    logp_BTV = torch.log_softmax(logits, dim=-1)  # subtracts the maximum first
+    chosen = logp_BTV.gather(-1, targets_BT.clamp(min=0)[..., None]).squeeze(-1)
+    return -chosen * (targets_BT >= 0)
 
 
 @torch.inference_mode()

@@ -429,8 +429,8 @@ def _standard_streams(log: int | None) -> None:
     if log is not None:
         os.dup2(log, 1)
         os.dup2(log, 2)
-    sys.stdout.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
-    sys.stderr.reconfigure(encoding="utf-8", errors="replace", line_buffering=True)
+    text = {"encoding": "utf-8", "errors": "replace", "buffering": 1, "closefd": False}
+    sys.stdout, sys.stderr = open(1, "w", **text), open(2, "w", **text)
 
 
 def _close_others(keep: set[int]) -> None:

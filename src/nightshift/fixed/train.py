@@ -38,6 +38,7 @@ from nightshift.fixed.result import (
     CONFIG_FILE,
     CURVE_FILE,
     SAMPLES_FILE,
+    SCRATCH_FOLDER,
     STATUSES,
     TRAINING_FILE,
     Training,
@@ -48,7 +49,6 @@ from nightshift.fixed.sandbox import Report, spawn
 from nightshift.fixed.store import read_manifest
 from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
 
-SCRATCH_FOLDER = "scratch"  # the one folder that the candidate may write to
 SAMPLES_LIMIT_S = 60.0  # after the weights; only the samples are lost
 MAX_CLAIM_BYTES = 20 << 20
 MAX_HEADER_BYTES = 20 << 20  # of a safetensors file
