@@ -28,7 +28,11 @@ IMAGES = ROOT / "docs/img"
 SIZE = {"width": 1600, "height": 820}
 CHAT_SIZE = {"width": 1280, "height": 800}
 WAIT_MS = 30_000
-CHAT = ("Hello!", "How are you?", "What is 7 plus 5?")
+CHAT = (
+    "How many letters has the word 'night'?",
+    "How many times is the letter e in 'freedom'?",
+    "Hello! Who are you?",
+)
 TEXT = "My fellow Americans, the economy of this country"
 UNFOLD = "cells_runnamecellrenderer.tsx_46"
 ASSISTANT_SEEN = (
