@@ -215,7 +215,8 @@ class Mirror:
             corpus = (_config(folder) or {}).get("corpus", {}).get("source", "corpus")
             child.dataset(corpus, trial.data_digest, profile={"digest": trial.data_digest})
         if (folder / SAMPLES_FILE).exists():
-            child.table(json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8")))
+            samples = json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8"))
+            child.table(samples, "completions.json")  # the name that pretrain gives: they compare
         _artifacts(child, self.folder, trial.runs[0], None)
 
     def _progress(self, trial: Trial, at_ms: int | None) -> None:

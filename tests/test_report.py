@@ -127,7 +127,20 @@ def test_a_child_carries_what_is_needed_to_understand_it(study):
     assert note.startswith("Discarded, 2.1900 (-0.0088): softcap 30.")
     names = {a.path for a in study.store.client.list_artifacts(third.info.run_id)}
     assert {"config.yaml", "training.json", "curve.jsonl", "run.log", "diff.patch"} <= names
-    assert "samples.json" in names
+
+
+def test_the_completions_of_trials_are_one_table_to_read_side_by_side(study):
+    for one in study.journal.trials:
+        study.mirror.log_trial(one)
+    import mlflow
+
+    mlflow.set_tracking_uri(study.store.uri)
+    ids = [children(study)[number].info.run_id for number in ("000", "001", "002")]
+    rows = mlflow.load_table("completions.json", run_ids=ids, extra_columns=["run_id"])
+    assert sorted(rows["run_id"]) == sorted(ids)
+    assert (
+        list(rows["prompt"]) == ["My fellow"] * 3 and list(rows["completion"]) == [" citizens"] * 3
+    )
 
 
 def test_the_parent_shows_the_best_so_far(study):

@@ -23,6 +23,10 @@ COMMANDS = {
         "nightshift.chat_evaluate",
         "score a chat checkpoint again: run=outputs/sft/<run>",
     ),
+    "chat": ("nightshift.chat", "talk to a checkpoint in the terminal"),
+    "serve": ("nightshift.serve", "OpenAI-compatible API and a web page to chat and compare"),
+    "export": ("nightshift.export", "a checkpoint -> a folder for the Hugging Face libraries"),
+    "lm-eval": ("nightshift.harness", "EleutherAI's harness on a checkpoint"),
     "doctor": ("nightshift.fixed.doctor", "which protections hold on this machine, by attack"),
     "ui": ("nightshift.ui", "open the MLflow UI on the right store"),
 }
