@@ -54,7 +54,7 @@ class Run:
     mfu: float | None = None
     num_params: int | None = None
     folder: str | None = None  # relative to the study's folder
-    work: float | None = None  # time of training over time of scoring, for a token
+    work: float | None = None  # cost of training over cost of scoring, for a token
     weights_sha256: str | None = None
     protections: dict[str, list[str]] | None = None  # layers of the sandbox
 
@@ -70,8 +70,16 @@ class Trial:
     decision: str  # what we did: keep | discard
     reason: str  # in words, with the numbers
     val_bpb: float | None = None  # mean over the seeds that ran
-    gain: float | None = None  # parent's val_bpb minus ours, same seeds; > 0 is better
+    gain: float | None = None  # mean of `differences`; > 0 is better
+    estimate: float | None = None  # the gain that is left after shrinkage (decide.py)
+    low: float | None = None  # the estimate's 95 % interval
+    high: float | None = None
+    evidence: float | None = None  # e-value of a gain against none, at most 1e9
+    differences: list[float] = field(default_factory=list)  # parent minus ours, a seed each
     runs: list[Run] = field(default_factory=list)
+    parent_runs: list[Run] = field(default_factory=list)  # of the parent, made for this trial
+    drift: float | None = None  # val_bpb of the parent made again, minus what it was
+    drifted: bool = False  # by too much: the parent's earlier runs no longer compare
     commit: str | None = None  # the code and config that ran
     digest: str | None = None  # of resolved config and editable code
     data_digest: str | None = None
@@ -128,6 +136,16 @@ class Journal:
         """The last kept trial: the parent of the next."""
         return next((t for t in reversed(self.trials) if t.decision == "keep"), None)
 
+    def runs_of(self, trial: Trial, child: Trial | None = None) -> dict[int, Run]:
+        """The runs of a trial by their seed, its own and those made later for its children: the
+        newest ok one of each seed. Those before a drift no longer count. `child`: one that is not
+        in the journal yet."""
+        runs = list(trial.runs)
+        for later in [*self.trials, *([child] if child else [])]:
+            if later.parent == trial.number:
+                runs = ([] if later.drifted else runs) + later.parent_runs
+        return {run.seed: run for run in sorted(runs, key=lambda run: run.status == "ok")}
+
     @property
     def lineage(self) -> list[Trial]:
         """Kept trials from the baseline to the incumbent."""
@@ -144,5 +162,6 @@ def trial_from_json(values: dict[str, Any]) -> Trial:
             **values,
             "proposal": proposal_from_json(values["proposal"]),
             "runs": [Run(**r) for r in values["runs"]],
+            "parent_runs": [Run(**r) for r in values.get("parent_runs", [])],
         }
     )

@@ -19,12 +19,12 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from agent import workspace
-from agent.decide import decide, measure_noise, next_seed, repeated
 from agent.journal import Proposal, Trial, proposal_from_json
 from agent.proposers import Context, mixed
+from agent.seeds import BaselineFailed, on_this_machine, run_seeds
 from agent.settings import StudyError, read_plan
 from agent.study import BASE_FOLDER, Study, marks_of, open_study, settle, stop_on_signals
-from agent.trial import PREPARE_LIMIT_S, Bench, Interrupted, data_digest
+from agent.trial import Bench, Interrupted
 from agent.warm import StartError
 from nightshift.fixed.config import ROOT, ConfigError
 from nightshift.fixed.result import write_json
@@ -35,10 +35,6 @@ BASELINE = Proposal(
     source="baseline",
 )
 EXIT_INTERRUPTED = 130
-
-
-class BaselineFailed(StudyError):
-    """There is nothing to compare with."""
 
 
 USAGE = """usage: nightshift study [key=value ...]
@@ -165,15 +161,7 @@ def apply(study: Study, trial: Trial, tree: Path, folder: Path, commit: str):
                 f"('{earlier.proposal.title}'); a trial must differ from every earlier one. "
                 "Propose another value or another edit."
             )
-    # The machine's side is the study's own, whatever conf/runtime says at the commit.
-    given = study.plan.config
-    config = config.model_copy(
-        update={
-            "runtime": given.runtime,
-            "sandbox": given.sandbox,
-            "tracking": given.tracking,
-        }
-    )
+    config = on_this_machine(study, config)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(config.model_dump()), folder / "config.yaml")
     return config
@@ -203,38 +191,3 @@ def baseline_work(study: Study) -> float | None:
     """The median of the baseline's runs (agent/trial.py: WORK_LIMIT)."""
     known = [run.work for run in study.journal.trials[0].runs if run.work]
     return statistics.median(known) if known else None
-
-
-def run_seeds(study: Study, trial: Trial, parent: Trial | None, on: Bench) -> None:
-    """Preflight, then one seed after another while they can still change the decision."""
-    settings, limit_s = study.plan.study, on.config.budget.wall_limit_s
-    seeds = settings.baseline_seeds
-    preflight_limit_s = limit_s if parent else PREPARE_LIMIT_S
-    check = on.preflight(seeds[0], settings.preflight_steps, preflight_limit_s)
-    if check.status != "ok":
-        trial.status, trial.reason = check.status, f"preflight: {check.message}"
-    while trial.status == "ok" and (seed := next_seed(parent, trial.runs, seeds)) is not None:
-        run = on.run(f"seed_{seed}", seed, limit_s)
-        trial.runs.append(run)
-        trial.status = run.status
-    judge(study, trial, parent)
-
-
-def judge(study: Study, trial: Trial, parent: Trial | None) -> None:
-    """Fill in decision, reason and numbers. Raises BaselineFailed."""
-    numbers = [run.val_bpb for run in trial.runs if run.status == "ok"]
-    if numbers and trial.status == "ok":
-        trial.val_bpb = round(sum(numbers) / len(numbers), 6)  # as result.json and MLflow have it
-    trial.data_digest = data_digest(study.folder, trial.runs[0]) if trial.runs else None
-    if parent is None:
-        if trial.status != "ok":
-            reason = trial.reason or f"seed {trial.runs[-1].seed}: {trial.runs[-1].message}"
-            raise BaselineFailed(f"the baseline failed ({trial.status}), {reason}")
-        sigma = measure_noise([numbers]).sigma
-        trial.decision = "keep"
-        trial.reason = f"baseline: sigma {sigma:.4f} over {len(numbers)} seeds"
-    elif trial.runs:
-        noise = measure_noise(repeated([*study.journal.trials, trial]))
-        decision = decide(parent, trial.runs, noise, study.plan.study.z)
-        trial.decision, trial.reason = decision.kind, decision.reason
-        trial.gain = None if decision.gain is None else round(decision.gain, 6)

@@ -4,10 +4,12 @@ nightshift report first      # -> outputs/studies/first/report/
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+from agent.decide import measure_noise, spent
 from agent.journal import Journal, Trial
 from agent.tracking import Mirror, number, read_identity, read_settings
 from nightshift.fixed.config import ROOT, ConfigError, Tracking, nearest
@@ -27,7 +29,8 @@ COLUMNS = (
     "commit", "val_bpb", "memory_gb", "status", "description",
     "trial", "decision", "run_status", "gain", "parent", "source", "change", "seeds", "steps",
     "tokens", "tokens_per_s", "mfu", "num_params", "train_s", "wall_s", "lines_added",
-    "lines_removed", "started_at", "hypothesis", "reason",
+    "lines_removed", "started_at", "estimate", "low", "high", "evidence", "parent_runs", "drift",
+    "hypothesis", "reason",
 )  # fmt: skip
 
 
@@ -140,7 +143,14 @@ def _draw_incumbent(axes, kept: list[Trial], num_trials: int, sigma: float | Non
     if sigma:
         low, high = [v - 2 * sigma for v in y], [v + 2 * sigma for v in y]
         axes.fill_between(
-            x, low, high, step="post", color=BAND, alpha=0.2, linewidth=0, label="noise (2 sigma)"
+            x,
+            low,
+            high,
+            step="post",
+            color=BAND,
+            alpha=0.2,
+            linewidth=0,
+            label="one seed (2 sigma)",
         )
     axes.step(x, y, where="post", color=KEPT, linewidth=1.6, label="incumbent")
     axes.plot(x[:-1], y[:-1], "o", color=KEPT, markersize=7, label="kept")
@@ -256,6 +266,12 @@ def _row(trial: Trial) -> dict[str, Any]:
         "lines_added": trial.lines_added,
         "lines_removed": trial.lines_removed,
         "started_at": trial.started_at,
+        "estimate": trial.estimate,
+        "low": trial.low,
+        "high": trial.high,
+        "evidence": trial.evidence,
+        "parent_runs": len(trial.parent_runs),
+        "drift": trial.drift,
         "hypothesis": trial.proposal.hypothesis,
         "reason": trial.reason,
     }
@@ -275,10 +291,14 @@ def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
     parts = [
         f"# Study {name}",
         _opening(journal, settings.get("sigma")),
+        _trust(journal.trials, settings),
         "![progress](progress.png)",
     ]
     if kept:
-        parts += ["## Kept", _table(kept, ("trial", "val_bpb", "gain", "what", "hypothesis"))]
+        columns = ("trial", "val_bpb", "gain", "estimate", "seeds", "what", "hypothesis")
+        parts += ["## Kept", _table(kept, columns)]
+    if shorter := [t for t in kept if t.lines_removed > t.lines_added]:
+        parts += ["## What was deleted", "\n".join(map(_deletion, shorter))]
     parts += [
         "## All trials",
         _table(journal.trials, ("trial", "val_bpb", "gain", "decision", "what", "reason")),
@@ -287,7 +307,7 @@ def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
     if failed:
         parts += ["## What failed, and why", "\n".join(_failure(trial) for trial in failed)]
     parts += ["## Reproduce", _reproduce(settings, name, kept)]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _opening(journal: Journal, sigma: float | None) -> str:
@@ -303,6 +323,38 @@ def _opening(journal: Journal, sigma: float | None) -> str:
     )
 
 
+def _trust(trials: list[Trial], settings: dict[str, Any]) -> str:
+    """What the gains are worth: their honest sum, the noise of a pair, false keeps to expect."""
+    lines = []
+    if kept := [t for t in trials if t.decision == "keep" and t.estimate is not None]:
+        total = sum(t.estimate for t in kept)
+        half = math.hypot(*((t.high - t.low) / 2 for t in kept))
+        lines.append(
+            f"Estimated sum of the kept gains: {total:+.4f} ({total - half:+.4f} to "
+            f"{total + half:+.4f}, 95 %)."
+        )
+    paired = measure_noise([t.differences for t in trials])
+    if paired.sigma is not None:
+        lines.append(f"Noise of a paired difference: sigma {paired.sigma:.4f}, {paired.df} df.")
+    if (budget := settings.get("study", {}).get("false_keeps")) and len(trials) > 1:
+        lines.append(f"False keeps to expect so far: at most {spent(trials, budget):.3f}.")
+    for trial in trials:
+        if trial.drifted:
+            lines.append(f"Before trial {number(trial)} the machine drifted: {trial.drift:+.4f}.")
+    return " ".join(lines)
+
+
+def _deletion(trial: Trial) -> str:
+    fewer = trial.lines_removed - trial.lines_added
+    return f"- {number(trial)} {_markdown(trial.proposal.title)}: {fewer} lines fewer"
+
+
+def _interval(trial: Trial) -> str:
+    if trial.estimate is None:
+        return ""
+    return f"{trial.estimate:+.4f} ({trial.low:+.4f} to {trial.high:+.4f})"
+
+
 def _table(trials: list[Trial], columns: tuple[str, ...]) -> str:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for trial in trials:
@@ -310,6 +362,8 @@ def _table(trials: list[Trial], columns: tuple[str, ...]) -> str:
             "trial": number(trial),
             "val_bpb": trial.status if trial.val_bpb is None else f"{trial.val_bpb:.4f}",
             "gain": "" if trial.gain is None else f"{trial.gain:+.4f}",
+            "estimate": _interval(trial),
+            "seeds": str(len(trial.runs)),
             "decision": trial.decision,
             "what": trial.proposal.title,
             "hypothesis": trial.proposal.hypothesis,

@@ -69,7 +69,10 @@ class StudySettings(Group):
     trials: int = Field(ge=0)
     seed: int = Field(ge=0)
     baseline_seeds: list[int]
-    z: float = Field(ge=0, le=10)
+    max_seeds: int
+    false_keeps: float = Field(gt=0, le=100)
+    equal_within: float = Field(ge=0, le=2)
+    drift_every: int = Field(ge=0)
     sources: dict[str, float]
     preflight_steps: int = Field(ge=1)
     warm: bool
@@ -96,6 +99,21 @@ class StudySettings(Group):
                 "their spread is the noise. Try: study.baseline_seeds=[1,2,3]"
             )
         return seeds
+
+    @model_validator(mode="after")
+    def _cap_holds_the_baseline_seeds(self):
+        if not len(self.baseline_seeds) <= self.max_seeds <= 100:
+            raise ValueError(
+                f"study.max_seeds ({self.max_seeds}) must be from the number of baseline_seeds "
+                f"({len(self.baseline_seeds)}) to 100. Try: study.max_seeds=12"
+            )
+        return self
+
+    @property
+    def seeds(self) -> list[int]:
+        """All that a trial may run: the baseline's, then the lowest others from 1 up."""
+        others = [n for n in range(1, 2 * self.max_seeds) if n not in self.baseline_seeds]
+        return [*self.baseline_seeds, *others][: self.max_seeds]
 
     @model_validator(mode="after")
     def _sources_are_known(self):

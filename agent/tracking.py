@@ -33,6 +33,7 @@ IDENTITY_FILE = "tracking.json"  # in the study's folder: its id in MLflow, and 
 DIFF_FILE = "diff.patch"  # in trials/<NNN>/
 SETTINGS_FILE = "settings.json"  # name, sigma, base_commit, branch; written by the loop
 RUN_NUMBERS = ("steps", "tokens", "train_s", "tokens_per_s", "peak_memory_gb", "mfu", "num_params")
+DECISION_NUMBERS = ("val_bpb", "gain", "estimate", "low", "high", "evidence", "drift")
 SIGNS = {"keep": "+", "discard": "-"}
 
 
@@ -202,6 +203,8 @@ class Mirror:
             self._fill_from_run(child, trial, folder)
         for run in trial.runs[1:]:
             _artifacts(child, self.folder, run, f"seed_{run.seed}")
+        for run in trial.parent_runs:
+            _artifacts(child, self.folder, run, f"parent_seed_{run.seed}")
 
     def _fill_from_run(self, child: RunLog, trial: Trial, folder: Path) -> None:
         child.curve(read_curve(folder / CURVE_FILE))
@@ -212,7 +215,8 @@ class Mirror:
             corpus = (_config(folder) or {}).get("corpus", {}).get("source", "corpus")
             child.dataset(corpus, trial.data_digest, profile={"digest": trial.data_digest})
         if (folder / SAMPLES_FILE).exists():
-            child.table(json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8")))
+            samples = json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8"))
+            child.table(samples, "completions.json")  # the name that pretrain gives: they compare
         _artifacts(child, self.folder, trial.runs[0], None)
 
     def _progress(self, trial: Trial, at_ms: int | None) -> None:
@@ -261,12 +265,16 @@ def protection_tags(trial: Trial) -> dict[str, str]:
 
 def trial_metrics(trial: Trial) -> dict[str, Any]:
     """The trial's numbers; those of one run are its first run's."""
-    metrics: dict[str, Any] = {"val_bpb": trial.val_bpb, "gain": trial.gain}
+    metrics: dict[str, Any] = {name: getattr(trial, name) for name in DECISION_NUMBERS}
     if trial.runs:
         first = trial.runs[0]
         metrics |= {name: getattr(first, name) for name in RUN_NUMBERS}
     metrics |= {f"val_bpb_seed_{run.seed}": run.val_bpb for run in trial.runs}
-    return metrics | {"wall_s": trial.wall_s, "num_seeds": len(trial.runs)}
+    return metrics | {
+        "wall_s": trial.wall_s,
+        "num_seeds": len(trial.runs),
+        "num_parent_runs": len(trial.parent_runs),
+    }
 
 
 def trial_note(trial: Trial) -> str:

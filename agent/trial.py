@@ -45,7 +45,7 @@ PREPARE, TRAIN = "nightshift.fixed.prepare", "nightshift.fixed.train"
 EVALUATE, FETCH = "nightshift.fixed.evaluate", "nightshift.fixed.corpus"
 DOING = {PREPARE: "the preparation", TRAIN: "training", EVALUATE: "evaluation"}
 EVALUATE_LIMIT_S = 60.0  # on top of evaluate.limit_s, which the evaluation keeps itself
-WORK_LIMIT = 4.0  # times the baseline's time of training over time of scoring, for a token
+WORK_LIMIT = 4.0  # times the baseline's cost of training over cost of scoring, for a token
 PREPARE_LIMIT_S = (
     24 * 3600.0
 )  # the baseline's preflight fetches the corpus and trains the tokenizer
@@ -99,14 +99,18 @@ class Bench:
         result = problem or self._evaluate(folder, name, config)
         return self._numbers(seed, result, folder, time.monotonic() - started)
 
-    def preflight(self, seed: int, num_steps: int, limit_s: float) -> Run:
-        """Data, a few steps and a small evaluation: most mistakes show here, for seconds."""
+    def prepared_run(self, name: str, seed: int, limit_s: float, **changes: dict[str, Any]) -> Run:
+        """`run`, after its data were made. The limit holds for each of the two."""
         if problem := self.prepare(seed, limit_s):
             return self._numbers(seed, problem, self.folder / "prepare", 0.0)
-        return self.run(
+        return self.run(name, seed, min(limit_s, self.config.budget.wall_limit_s), **changes)
+
+    def preflight(self, seed: int, num_steps: int, limit_s: float) -> Run:
+        """Data, a few steps and a small evaluation: most mistakes show here, for seconds."""
+        return self.prepared_run(
             "preflight",
             seed,
-            min(limit_s, self.config.budget.wall_limit_s),
+            limit_s,
             budget={"kind": "steps", "amount": float(num_steps)},
             evaluate={"max_bytes": PREFLIGHT_BYTES, "sample_prompts": []},
             runtime={"num_dev_points": 0},
@@ -188,15 +192,15 @@ class Bench:
         return self._too_much_work(distrust(result, self.code, config), config)
 
     def _too_much_work(self, result: Result, config: Config) -> Result:
-        """Under a budget in tokens or steps: time of training over time of scoring, for a token."""
+        """Under a budget in tokens or steps: cost of training over cost of scoring, for a token."""
         mine = work(result)
         if config.budget.kind == "seconds" or not (mine and self.baseline_work):
             return result
         if mine <= WORK_LIMIT * self.baseline_work:
             return result
         message = (
-            f"training took {mine:.1f} times as long for a token as scoring does; the baseline "
-            f"takes {self.baseline_work:.1f} times (limit: {WORK_LIMIT:g} times that). A budget in "
+            f"training costs {mine:.1f} times as much for a token as scoring does; the baseline's "
+            f"costs {self.baseline_work:.1f} times (limit: {WORK_LIMIT:g} times that). A budget in "
             "tokens or steps allows one pass over each batch; with budget.kind=seconds work is "
             "paid for in time"
         )
@@ -294,11 +298,20 @@ def distrust(result: Result, code: tuple[str, str], config: Config) -> Result:
 
 
 def work(result: Result) -> float | None:
-    """Time of training over time of scoring, for a token; null where either is unknown."""
+    """Cost of training over cost of scoring, for a token; null where either is unknown.
+
+    In CPU time, which a busy machine hardly moves; on a GPU in time by the clock.
+    """
     training = result.training
-    if not (training and training.tokens and training.train_s and result.forward_tokens_per_s):
+    if not (training and training.tokens):
         return None
-    return training.train_s / training.tokens * result.forward_tokens_per_s
+    if training.machine.get("device") == "cuda":
+        if not (training.train_s and result.forward_tokens_per_s):
+            return None
+        return training.train_s / training.tokens * result.forward_tokens_per_s
+    if not (training.steps_cpu_s and result.forward_cpu_s):
+        return None
+    return training.steps_cpu_s / training.tokens / result.forward_cpu_s * 1e6
 
 
 def data_digest(study_folder: Path, run: Run) -> str | None:

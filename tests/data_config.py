@@ -16,6 +16,9 @@ GROUPS = {
     "train": "cpu",
     "budget": "smoke",
     "evaluate": "val_bpb",
+    "conversations": "embedded",
+    "sft": "full",
+    "chat_evaluate": "default",
     "runtime": "default",
     "sandbox": "default",
     "tracking": "off",
@@ -28,7 +31,8 @@ def make_config(folder, **overrides):
         group: yaml.safe_load((CONF / group / f"{name}.yaml").read_text())
         for group, name in GROUPS.items()
     }
-    values |= {"seed": 1, "resume": None, "parent_run_id": None, "run_name": None}
+    values["sft_budget"] = values["budget"] | {}
+    values |= {"seed": 1, "base": None, "resume": None, "parent_run_id": None, "run_name": None}
     values["runtime"]["cache_dir"] = str(folder / "cache")
     values["tokenizer"]["vocab_size"] = 300
     for key, value in overrides.items():

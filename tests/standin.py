@@ -87,10 +87,10 @@ if behaviour == "killed once" and not (folder.parent / "killed").exists() and no
     os.kill(os.getpid(), 9)
 if behaviour == "killed always" and not is_preflight:
     os.kill(os.getpid(), 9)
-train_s = 9.0 if behaviour == "toil" else 0.1
-training = {"status": "ok", "steps": 3, "tokens": 300, "train_s": train_s, "tokens_per_s": 3000.0,
-            "seed": seed, "config_digest": config_digest(values), "data_digest": "d" * 12,
-            "weights_sha256": "w" * 64}
+cpu_s = 9.0 if behaviour == "toil" else 0.1
+training = {"status": "ok", "steps": 3, "tokens": 300, "train_s": 0.1, "steps_cpu_s": cpu_s,
+            "tokens_per_s": 3000.0, "seed": seed, "data_digest": "d" * 12,
+            "config_digest": config_digest(values), "weights_sha256": "w" * 64}
 if behaviour == "diverge" and not is_preflight:
     training |= {"status": "diverged", "message": "loss is nan at step 2"}
 (folder / "checkpoint").mkdir(exist_ok=True)
@@ -106,7 +106,12 @@ if behaviour == "evaluator killed once" and not (folder.parent / "killed").exist
     os.kill(os.getpid(), 9)
 if behaviour == "plant":
     sys.exit(1)
-noise = {1: 0.0, 2: 0.002, 3: -0.002}[values["seed"]]
+seed = values["seed"]
+noise = {1: 0.0, 2: 0.002, 3: -0.002}.get(seed, 0.001)
+if behaviour == "uneven":  # a gain that needs many seeds to be seen
+    noise -= 0.0004 + 0.0002 * (seed % 3)
+weather = Path(values["runtime"]["shared_cache_dir"]) / "weather"  # the machine's, between runs
+noise += float(weather.read_text()) if weather.exists() else 0.0
 lr = values["optim"]["matrix_lr"]
 val_bpb = 2.0 + 10 * abs(lr - 0.04) + noise - model["BONUS"]
 training = json.loads((folder / "training.json").read_text())
@@ -120,7 +125,7 @@ if behaviour == "other code":
     binding["editable_code"] = "0" * 16
 layers = {name: ["stand-in"] for name in ("files", "network", "processes", "privileges", "limits")}
 write(folder / "result.json", {"status": "ok", "val_bpb": val_bpb, "training": training,
-      "binding": binding, "protections": layers, "forward_tokens_per_s": 9000.0})
+      "binding": binding, "protections": layers, "forward_cpu_s": 111.111})
 """
 
 
@@ -157,23 +162,24 @@ def run_git(folder: Path, *args: str) -> str:
     return done.stdout.strip()
 
 
-def behave(behaviour: str) -> Proposal:
-    """A proposal after which runs behave like this."""
-    edit = Edit(
-        path="src/nightshift/model.py",
-        search='BEHAVIOUR = "ok"',
-        replace=f'BEHAVIOUR = "{behaviour}"',
-    )
-    return Proposal(title=behaviour, hypothesis="It will.", source="test", edits=[edit])
+def behave(behaviour: str, also: str = "") -> Proposal:
+    """A proposal after which runs behave like this. `also`: a line that makes it another trial."""
+    more = f"\nALSO = {also!r}" if also else ""
+    proposal = edit('BEHAVIOUR = "ok"', f'BEHAVIOUR = "{behaviour}"{more}')
+    proposal.title = behaviour
+    return proposal
+
+
+def edit(search: str, replace: str) -> Proposal:
+    one = Edit(path="src/nightshift/model.py", search=search, replace=replace)
+    return Proposal(title="edit", hypothesis="It will.", source="test", edits=[one])
 
 
 def bonus(before: float, after: float) -> Proposal:
     """A code change worth after - before bits per byte."""
-    edit = Edit(
-        path="src/nightshift/model.py", search=f"BONUS = {before}", replace=f"BONUS = {after}"
-    )
-    title = f"bonus {before} -> {after}"
-    return Proposal(title=title, hypothesis="It will.", source="test", edits=[edit])
+    proposal = edit(f"BONUS = {before}", f"BONUS = {after}")
+    proposal.title = f"bonus {before} -> {after}"
+    return proposal
 
 
 def values(**overrides) -> Proposal:
@@ -182,9 +188,9 @@ def values(**overrides) -> Proposal:
     return Proposal(title=str(flat), hypothesis="It will.", source="test", overrides=flat)
 
 
-def script(project: Path, proposals: list[Proposal], name: str = "first") -> None:
+def script(project: Path, proposals: list[Proposal], name: str = "first", first: int = 1) -> None:
     """Lay the proposals where a study that was killed finds its own."""
-    for number, proposal in enumerate(proposals, 1):
+    for number, proposal in enumerate(proposals, first):
         path = project / f"outputs/studies/{name}/trials/{number:03d}/proposal.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(asdict(proposal)))

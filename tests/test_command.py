@@ -15,7 +15,7 @@ WRONG = {
     "modl.depth=3": "modl.depth=3: there is no such key. Nearest: model.depth.",
     "model.dept=3": "Nearest: model.depth.",
     "+optim.nesterov=true": "optim.nesterov (True): there is no such key.",
-    "model=d1": "model=d1: there is no such choice. Choices: d12, d6, tiny.",
+    "model=d1": "model=d1: there is no such choice. Choices: d12, d20, d26, d6, tiny.",
     "budget=5mn": "Nearest: 5min.",
     "optim.matrix_lr=abc": "optim.matrix_lr ('abc'): must be a valid number.",
     "optim.matrix_lr=-1": "must be greater than 0.",

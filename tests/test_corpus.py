@@ -292,7 +292,7 @@ def read_hub(server, config):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=240,
     )
 
 

@@ -55,7 +55,13 @@ def test_a_study_is_told_alike_by_the_journal_mlflow_and_dvc(clone):
     from nightshift.fixed.tracking import open_store
 
     said = run(
-        clone, "nightshift.cli", "study", "study.name=t", "study.trials=4", "study.z=0.01", *SMALL
+        clone,
+        "nightshift.cli",
+        "study",
+        "study.name=t",
+        "study.trials=4",
+        "study.false_keeps=100",
+        *SMALL,
     )
     trials = [json.loads(line) for line in open(clone / "outputs/studies/t/journal.jsonl")]
     assert [t["number"] for t in trials] == [0, 1, 2, 3, 4]
@@ -77,7 +83,7 @@ def test_a_study_is_told_alike_by_the_journal_mlflow_and_dvc(clone):
     subprocess.run(["git", "clone", "-q", str(clone), str(other)], check=True)
     subprocess.run(["git", "checkout", "-q", "study/t"], cwd=other, check=True)
     run(other, "dvc", "cache", "dir", "--local", str(clone / ".dvc/cache"))
-    assert "Running stage" not in run(other, "dvc", "repro")
+    assert "Running stage" not in run(other, "dvc", "repro", "evaluate")
     again = json.loads((other / "champion/metrics.json").read_text())["val_bpb"]
     assert again == kept["runs"][0]["val_bpb"]
     assert "Running stage 'pretrain'" in run(
@@ -109,13 +115,27 @@ def test_a_sweep_with_a_bad_job_keeps_the_others(clone):
 
 
 def test_dvc_runs_only_what_a_change_touches(clone):
+    """`60s` is the budget of pretraining and of tuning; both are a few steps here."""
     smaller = clone / "conf/budget/60s.yaml"
     smaller.write_text("kind: steps\namount: 4.0\nwall_limit_s: 60.0\nreplay: null\n")
-    assert "Running stage 'evaluate'" in run(clone, "dvc", "repro")
+    questions = clone / "conf/chat_evaluate/default.yaml"
+    questions.write_text(questions.read_text().replace("per_task: 100", "per_task: 5"))
+    said = run(clone, "dvc", "repro")
+    assert "Running stage 'evaluate'" in said and "Running stage 'chat_evaluate'" in said
     assert "up to date" in run(clone, "dvc", "repro")
+    shown = json.loads(run(clone, "dvc", "metrics", "show", "--json"))[""]["data"]
+    assert shown["champion/metrics.json"]["data"]["val_bpb"] > 0
+    chat = shown["champion/chat/metrics.json"]["data"]
+    assert chat["chat_bpb"] == pytest.approx(chat["chat_bpb_before"] - chat["chat_bpb_gain"])
+    file = clone / "conf/sft/full.yaml"
+    file.write_text(file.read_text().replace("lr_scale: 0.5", "lr_scale: 0.4"))
+    said = run(clone, "dvc", "repro")
+    stages = ("chats", "sft", "chat_evaluate", "pretrain", "evaluate")
+    ran = [s for s in stages if f"Running stage '{s}'" in said]
+    assert ran == ["sft", "chat_evaluate"], "the base is not trained again"
     file = clone / "conf/optim/muon.yaml"
     file.write_text(file.read_text().replace("matrix_lr: 0.02", "matrix_lr: 0.03"))
-    said = run(clone, "dvc", "repro")
+    said = run(clone, "dvc", "repro", "evaluate")
     stages = ("corpus", "tokenizer", "tokens", "pretrain", "evaluate")
     assert [s for s in stages if f"Running stage '{s}'" in said] == ["pretrain", "evaluate"]
     said = run(clone, "dvc", "exp", "run", "-S", "optim.matrix_lr=0.05", ok=False)

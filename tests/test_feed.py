@@ -16,10 +16,14 @@ STEPS = 5
 
 
 class Still:
-    """A child that neither speaks nor ends."""
+    """A child that neither speaks nor ends, and has used as much CPU time as a test says."""
 
     def __init__(self):
         self.pipe, self.other = socket.socketpair()
+        self.used_s = 0.0
+
+    def cpu_s(self):
+        return self.used_s
 
     def wait(self, timeout_s):
         return None
@@ -34,13 +38,13 @@ class Pair:
         self.taken = []
         self.feeder = Feeder(ours, cfg, self.local.tokens, lambda: self.taken.append(1))
         self.remote = RemoteFeed(self.theirs, cfg, self.local.tokenizer, "digest")
-        self.broken = None
+        self.broken, self.child = None, Still()
         self.thread = threading.Thread(target=self.serve)
         self.thread.start()
 
     def serve(self):
         try:
-            self.feeder.run(Still())
+            self.feeder.run(self.child)
         except Broken as error:
             self.broken = str(error)
             self.feeder.sock.close()
@@ -157,6 +161,33 @@ def test_optimizer_steps_must_be_those_of_the_budget(pair, optimizer_steps, word
     with pytest.raises((ConnectionError, OSError)):
         pair.remote.weights_saved(optimizer_steps)
     assert words in pair.end() and pair.taken == []
+
+
+@pytest.mark.parametrize("when", ["in a pause", "after the last step"])
+def test_cpu_time_beside_the_clock_is_bounded(pair, when):
+    for i in range(STEPS):
+        pair.step(i)
+        pair.child.used_s += 1.0
+        if when == "in a pause" and i == 2:
+            with pair.remote.clock.paused():
+                pair.child.used_s += 4.0
+    if when == "after the last step":
+        pair.child.used_s += 4.0
+    with pytest.raises((ConnectionError, OSError)):
+        pair.remote.weights_saved(STEPS)
+    assert "while the clock stood still" in pair.end() and pair.taken == []
+
+
+def test_measuring_dev_beside_the_clock_is_fine(pair):
+    for i in range(STEPS):
+        pair.step(i)
+        pair.child.used_s += 1.0
+        if i == 2:
+            with pair.remote.clock.paused():
+                tokens = sum(x.numel() for x, _ in pair.remote.dev_batches())
+                pair.child.used_s += 0.6 * 4.0 * tokens / (STEPS * 128)
+    pair.remote.weights_saved(STEPS)
+    assert pair.taken == [1] and pair.end() is None
 
 
 def test_weights_that_come_long_after_the_last_step_are_refused(pair, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from standin import (
     behave,
     bonus,
+    edit,
     journal_of,
     make_project,
     overrides,
@@ -98,6 +99,56 @@ def test_study_keeps_gains_and_discards_the_rest(project, capsys):
     )
 
 
+def test_a_near_tie_runs_more_seeds_and_so_does_its_parent_but_only_once(project):
+    """Seeds 4, 5, ... are new to the baseline: it runs them for trial 1, in its own code, and they
+    serve trial 2 as well."""
+    script(project, [behave("uneven"), behave("uneven", also="# again")])
+    assert main(overrides(2, "study.max_seeds=6", "study.false_keeps=0.0001"), project) == 0
+    baseline, first, second = journal_of(project).trials
+    assert first.seeds == second.seeds == [1, 2, 3, 4, 5, 6]
+    assert [run.seed for run in first.parent_runs] == [4, 5, 6] and second.parent_runs == []
+    assert [run.val_bpb for run in first.parent_runs] == pytest.approx([2.201] * 3)
+    assert first.parent_runs[0].folder == "trials/001/parent/seed_4"
+    expected = [0.0006, 0.0008, 0.0004] * 2
+    assert first.differences == second.differences == pytest.approx(expected)
+    assert first.gain == pytest.approx(0.0006) and first.low < first.estimate < first.high
+    assert first.val_bpb == pytest.approx(2.2 - 0.0006), "over the baseline's seeds alone"
+    assert [t.decision for t in (first, second)] == ["discard", "discard"]
+    assert not list(study_folder(project).glob("trials/001/**/checkpoint"))
+    assert_nothing_is_left(project)
+
+
+def test_a_gain_that_is_equal_and_shorter_is_kept(project):
+    model = project / "src/nightshift/model.py"
+    model.write_text(model.read_text() + "UNUSED = [\n    1,\n    2,\n]\n")
+    run_git(project, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qam", "longer")
+    script(project, [edit("UNUSED = [\n    1,\n    2,\n]\n", "UNUSED = []\n")])
+    assert main(overrides(1), project) == 0
+    trial = journal_of(project).trials[1]
+    assert (trial.decision, trial.gain, len(trial.runs)) == ("keep", 0.0, 3)
+    assert trial.reason.startswith("equal within noise, and shorter")
+    assert "001 edit: 3 lines fewer" in (study_folder(project) / "report/summary.md").read_text()
+
+
+def test_drift_of_the_machine_is_said_and_the_incumbent_measured_again(project, capsys):
+    """On the clock, the incumbent runs a seed again every so many trials."""
+    clock = ["budget.kind=seconds", "budget.amount=5", "study.drift_every=2"]
+    script(project, [bonus(0.0, -0.1), bonus(0.0, -0.2), bonus(0.0, 0.1)])
+    assert main(overrides(2, *clock), project) == 0
+    (project / ".cache").mkdir(exist_ok=True)
+    (project / ".cache/weather").write_text("0.5")
+    assert main(overrides(3, *clock), project) == 0
+    script(project, [bonus(0.0, 0.2)], first=4)
+    assert main(overrides(4, *clock), project) == 0
+    trials = journal_of(project).trials
+    assert [t.drift for t in trials] == [None, None, 0.0, None, pytest.approx(0.5)]
+    assert [t.decision for t in trials] == ["keep", "discard", "discard", "discard", "keep"]
+    assert trials[3].gain == pytest.approx(-0.4), "what the drift did, unseen"
+    assert [run.seed for run in trials[4].parent_runs] == [1, 2, 3]
+    assert trials[4].gain == pytest.approx(0.2)
+    assert "the incumbent's val_bpb on seed 1 moved by +0.5000" in capsys.readouterr().out
+
+
 def test_branch_alone_reproduces_what_was_run_and_the_users_work_stays(project, capsys):
     (project / "src/nightshift/model.py").write_text("raise SystemExit\n")
     status = run_git(project, "status", "--porcelain")
@@ -137,7 +188,7 @@ def refusal(project: Path, capsys, *arguments: str) -> str:
 
 
 def test_what_a_study_cannot_start_with_is_one_line(project, capsys):
-    assert "refs of such a study" not in refusal(project, capsys, "study.z=-1")
+    assert "refs of such a study" not in refusal(project, capsys, "study.false_keeps=0")
     assert not (project / "outputs").exists()
     run_git(project, "branch", "study/first")
     assert "git has refs of such a study" in refusal(project, capsys)
@@ -285,3 +336,15 @@ def test_killed_study_loses_and_doubles_no_trial_whatever_the_moment(project, se
     script(project, PROPOSALS)
     kill_at_random_moments(project, trials=4, times=4, seed=seed + 100)
     check_after_kills(project, PROPOSALS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_a_kill_among_the_parents_runs_costs_only_time(project, seed):
+    script(project, [behave("uneven")])
+    kill_at_random_moments(project, trials=1, times=3, seed=seed + 200)
+    baseline, trial = journal_of(project).trials
+    assert baseline.seeds == [1, 2, 3]
+    assert [run.seed for run in trial.parent_runs] == trial.seeds[3:] != []
+    assert len(trial.differences) == len(trial.runs)
+    assert_nothing_is_left(project)

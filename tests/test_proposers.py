@@ -237,6 +237,8 @@ def test_edit_objects_come_back_from_a_recipe(tmp_path):
         ("study.name=a.lock", "study.name"),
         ("study.baseline_seeds=[1]", "study.baseline_seeds"),
         ("study.baseline_seeds=[1,1]", "study.baseline_seeds"),
+        ("study.max_seeds=2", "study.max_seeds"),
+        ("study.false_keeps=0", "study.false_keeps"),
         ("+study.sources.oracle=1", "study.sources.oracle"),
         ("study.sources={oracle: 1}", "a key in it does not exist"),
         ("study.sources={sampler: 0, recipes: 0}", "study.sources"),
@@ -268,3 +270,8 @@ def test_mistakes_in_all_three_parts_are_told_at_once():
     with pytest.raises(ConfigError) as error:
         read_plan(CONF, ["study.trials=-1", "optim.matrix_lr=-1"])
     assert "study.trials" in str(error.value) and "optim.matrix_lr" in str(error.value)
+
+
+def test_further_seeds_are_the_lowest_that_the_baseline_does_not_have():
+    plan = read_plan(CONF, ["study.baseline_seeds=[5,2]", "study.max_seeds=6"])
+    assert plan.study.seeds == [5, 2, 1, 3, 4, 6]

@@ -127,7 +127,20 @@ def test_a_child_carries_what_is_needed_to_understand_it(study):
     assert note.startswith("Discarded, 2.1900 (-0.0088): softcap 30.")
     names = {a.path for a in study.store.client.list_artifacts(third.info.run_id)}
     assert {"config.yaml", "training.json", "curve.jsonl", "run.log", "diff.patch"} <= names
-    assert "samples.json" in names
+
+
+def test_the_completions_of_trials_are_one_table_to_read_side_by_side(study):
+    for one in study.journal.trials:
+        study.mirror.log_trial(one)
+    import mlflow
+
+    mlflow.set_tracking_uri(study.store.uri)
+    ids = [children(study)[number].info.run_id for number in ("000", "001", "002")]
+    rows = mlflow.load_table("completions.json", run_ids=ids, extra_columns=["run_id"])
+    assert sorted(rows["run_id"]) == sorted(ids)
+    assert (
+        list(rows["prompt"]) == ["My fellow"] * 3 and list(rows["completion"]) == [" citizens"] * 3
+    )
 
 
 def test_the_parent_shows_the_best_so_far(study):
@@ -247,6 +260,64 @@ def test_the_summary_says_what_failed_why_and_how_to_reproduce(tmp_path):
     assert "Baseline 2.2000 -> best 2.1812" in text and "sigma 0.0030" in text
     assert "003 shared heads: crash. RuntimeError: shapes differ" in text
     assert "git checkout study/s && dvc repro" in text
+
+
+def judged(number, gain, half, **more) -> Trial:
+    one = trial(number, f"change {number}", "keep", 2.0, gain, seeds=(1, 2, 3))
+    one.estimate, one.low, one.high, one.evidence = gain, gain - half, gain + half, 1e4
+    one.differences = [gain - 0.0004, gain, gain + 0.0004]
+    for name, value in more.items():
+        setattr(one, name, value)
+    return one
+
+
+def test_the_summary_says_what_the_gains_are_worth_and_what_was_deleted(tmp_path):
+    journal = make_study(
+        tmp_path / "s",
+        [
+            TRIALS[0],
+            judged(1, 0.01, 0.0003, lines_added=2, lines_removed=9),
+            judged(2, 0.02, 0.0004, drift=0.3, drifted=True),
+            trial(3, "crashes", "discard", None, status="crash"),
+        ],
+    )
+    text = report.summary(journal, {"sigma": 0.003, "study": {"false_keeps": 0.05}}, "s")
+    assert "Estimated sum of the kept gains: +0.0300 (+0.0295 to +0.0305, 95 %)." in text
+    assert "Noise of a paired difference: sigma 0.0004, 4 df." in text
+    assert "False keeps to expect so far: at most 0.001." in text
+    assert "Before trial 002 the machine drifted: +0.3000." in text
+    assert "## What was deleted\n\n- 001 change 1: 7 lines fewer\n" in text
+    assert "| +0.0100 | +0.0100 (+0.0097 to +0.0103) | 3 |" in text
+
+
+def test_a_child_carries_estimate_interval_and_the_parents_runs(study):
+    one = judged(6, 0.0123, 0.0002)
+    one.parent_runs = [Run(seed=4, status="ok", val_bpb=2.1, folder="trials/006/parent/seed_4")]
+    folder = study.folder / "trials/006/parent/seed_4"
+    folder.mkdir(parents=True)
+    (folder / "run.log").write_text("step 10\n")
+    study.mirror.log_trial(one)
+    run = children(study)["006"]
+    metrics = run.data.metrics
+    assert (metrics["estimate"], metrics["low"], metrics["high"]) == (0.0123, 0.0121, 0.0125)
+    assert metrics["num_parent_runs"] == 1
+    artifacts = study.store.client.list_artifacts(run.info.run_id, "parent_seed_4")
+    assert [a.path for a in artifacts] == ["parent_seed_4/run.log"]
+
+
+def test_a_journal_of_the_first_rule_can_still_be_read(tmp_path):
+    make_study(tmp_path / "s")
+    path = tmp_path / "s/journal.jsonl"
+    lines = []
+    for line in path.read_text().splitlines():
+        values = json.loads(line)
+        for name in ("estimate", "low", "high", "evidence", "differences", "parent_runs", "drift"):
+            del values[name]
+        lines.append(json.dumps(values))
+    path.write_text("\n".join(lines) + "\n")
+    journal = Journal(path)
+    assert journal.trials == TRIALS
+    assert "+0.0188" in report.summary(journal, {}, "s")
 
 
 def test_a_study_with_nothing_kept_and_no_noise_still_has_a_report(tmp_path):

@@ -106,7 +106,7 @@ def test_more_work_for_a_token_than_the_baseline_does_is_invalid_where_tokens_ar
     assert run(bench, "toil").status == "ok", "in seconds, work is paid for"
     bench.config = in_tokens
     result = start(bench, "seed_1", 1, 20.0)
-    assert result.status == "invalid" and "270.0 times as long for a token" in result.message
+    assert result.status == "invalid" and "270.0 times as much for a token" in result.message
 
 
 def test_killed_evaluator_is_repeated_alone(bench):

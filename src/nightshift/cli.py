@@ -18,13 +18,22 @@ COMMANDS = {
         "train one model; -m sweeps: -m optim.matrix_lr=0.01,0.02,0.04",
     ),
     "evaluate": ("nightshift.fixed.evaluate", "score a run again: run=outputs/pretrain/<run>"),
+    "sft": ("nightshift.sft", "teach a base checkpoint to chat: base=outputs/pretrain/<run>"),
+    "chat-evaluate": (
+        "nightshift.chat_evaluate",
+        "score a chat checkpoint again: run=outputs/sft/<run>",
+    ),
+    "chat": ("nightshift.chat", "talk to a checkpoint in the terminal"),
+    "serve": ("nightshift.serve", "OpenAI-compatible API and a web page to chat and compare"),
+    "export": ("nightshift.export", "a checkpoint -> a folder for the Hugging Face libraries"),
+    "lm-eval": ("nightshift.harness", "EleutherAI's harness on a checkpoint"),
     "doctor": ("nightshift.fixed.doctor", "which protections hold on this machine, by attack"),
     "ui": ("nightshift.ui", "open the MLflow UI on the right store"),
 }
 
 USAGE = f"""usage: nightshift <command> [key=value ...]
 
-{chr(10).join(f"  {name:<9} {what}" for name, (_, what) in COMMANDS.items())}
+{chr(10).join(f"  {name:<14} {what}" for name, (_, what) in COMMANDS.items())}
 
 Every knob is a file in conf/:  nightshift pretrain model.depth=6 optim.matrix_lr=0.03 budget=5min
   nightshift pretrain --help        groups, choices and keys

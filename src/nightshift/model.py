@@ -67,6 +67,7 @@ class Attention(nn.Module):
         self.window, self.seq_len = window_of_layer(config, layer), config.seq_len
         self.use_flex = config.attention == "flex"
         self.flex_where_it_pays = config.attention == "auto"
+        self.cache = None  # generation hangs one here (kv_cache.py)
         kv_width = self.n_kv_head * self.head_dim
         self.query = Linear(config.width, config.width)
         self.key = Linear(config.width, kv_width)
@@ -95,6 +96,8 @@ class Attention(nn.Module):
 
     def attend(self, q_BHTD: Tensor, k_BKTD: Tensor, v_BKTD: Tensor) -> Tensor:
         T, grouped = q_BHTD.size(2), self.n_kv_head != self.n_head
+        if self.cache is not None and self.cache.add(k_BKTD, v_BKTD):
+            return self.cache.attend(q_BHTD, self.window)
         if self.window >= T and not self.use_flex:
             return F.scaled_dot_product_attention(
                 q_BHTD, k_BKTD, v_BKTD, is_causal=True, enable_gqa=grouped
@@ -152,6 +155,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = torch.float32
+        self.cache = None
         self.embed = nn.Embedding(vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.depth))
         self.head = Linear(config.width, vocab_size)
@@ -191,6 +195,8 @@ class GPT(nn.Module):
         """Logits (B, T, V) in float32 for the token after each position."""
         T = tokens_BT.size(1)
         rope = self.rope_cos[:T], self.rope_sin[:T]
+        if self.cache is not None:
+            rope = tuple(self.cache.of_positions(t, T) for t in (self.rope_cos, self.rope_sin))
         x_BTC = rms_norm(self.embed(tokens_BT).to(self.dtype))
         for layer, block in enumerate(self.blocks):
             embed = self.value_embeds[str(layer)] if str(layer) in self.value_embeds else None

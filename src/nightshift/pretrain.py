@@ -208,6 +208,7 @@ def fit(config: Config, folder: Path, log, feed) -> Training:
         *((trainer.optimizers[0], feed.clock.state()) if recorder.interrupted else ()),
     )
     feed.clock.save(folder)
+    recorder.hook.remove()  # not before: on_train_end belongs to the module too
     feed.weights_saved(max(recorder.optimizer_steps.values(), default=0))
     training = recorder.training(device, dtype, feed.data_digest)
     if not recorder.interrupted:
@@ -244,23 +245,22 @@ def quiet_lightning() -> None:
 
 
 def samples(model, tokenizer, config: Config) -> list[dict[str, str]]:
-    from nightshift.generate import complete
+    from nightshift.generate import Engine, Sampling
 
     model.eval()
     e = config.evaluate
-    return (
-        [
-            {
-                "prompt": prompt,
-                "completion": complete(
-                    model, tokenizer, prompt, e.sample_tokens, e.temperature, seed
-                ),
-            }
-            for seed, prompt in enumerate(e.sample_prompts)
-        ]
-        if e.sample_tokens
-        else []
-    )
+    if not e.sample_tokens or not e.sample_prompts:
+        return []
+    prompts = [[tokenizer.bos, *tokenizer.encode(prompt)] for prompt in e.sample_prompts]
+    wanted = [
+        Sampling(max_tokens=e.sample_tokens, temperature=e.temperature, seed=seed)
+        for seed in range(len(prompts))
+    ]
+    done = Engine(model, tokenizer).generate(prompts, wanted)
+    return [
+        {"prompt": prompt, "completion": completion.text}
+        for prompt, completion in zip(e.sample_prompts, done, strict=True)
+    ]
 
 
 def commit_of(root: Path) -> str | None:

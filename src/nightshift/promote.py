@@ -27,13 +27,16 @@ from nightshift.fixed.result import (
 from nightshift.fixed.tokenizer import ensure_tokenizer
 from nightshift.stage import CHAMPION, publish
 
+# What a pretraining run stands for. The chat stages come after it: `dvc repro` runs them.
+STAGES = ("compose", "corpus", "tokenizer", "tokens", "pretrain", "evaluate")
+
 
 def promote(run: Path) -> None:
     share_cache()
     place_data(read_config(run / CONFIG_FILE))
     publish(run, CHAMPION, CHECKPOINT_FOLDER, TRAINING_FILE, RESULT_FILE, CURVE_FILE)
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "commit", "--force", "--quiet"],
+        [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *STAGES],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -23,6 +23,7 @@ from nightshift.fixed.result import (
 )
 
 CHAMPION = ROOT / "champion"
+CHAT = CHAMPION / "chat"
 METRICS_FILE = "metrics.json"
 CURVE_COLUMNS = ("step", "tokens", "train/loss", "dev_bpb", "lr_scale", "tokens_per_s")
 
@@ -84,6 +85,56 @@ def evaluate(config: Config) -> int:
     return 0 if result.status == "ok" else 1
 
 
+def chats(config: Config) -> int:
+    from nightshift.fixed import chats
+
+    chats.stage(config)
+    return 0
+
+
+def sft(config: Config) -> int:
+    from nightshift import pretrain, sft
+    from nightshift.fixed.tracking import open_store
+
+    folder = work_folder() / "chat"
+    shutil.rmtree(folder, ignore_errors=True)
+    config = sft.for_run(config.model_copy(update={"base": str(CHAMPION)}))
+    log = open_store(config.tracking).start("dvc repro", "sft")
+    log.params(config)
+    ended = "FAILED"
+    try:
+        training = sft.train(config, folder, log)
+        pretrain.record(log, folder, training, None)
+        print(pretrain.summary(folder, training, None))
+        ended = "FINISHED" if training.status == "ok" else "FAILED"
+    finally:
+        log.close(ended)
+    if training.status != "ok":
+        return 1
+    publish(folder, CHAT, "checkpoint", TRAINING_FILE, CURVE_FILE)
+    return 0
+
+
+def chat_evaluate(config: Config) -> int:
+    """The chat checkpoint beside its base, both on the same held-out conversations."""
+    from nightshift import chat_evaluate
+    from nightshift.fixed.tracking import open_store
+
+    log = open_store(config.tracking).start("dvc repro: chat", "sft")
+    ended = "FAILED"
+    try:
+        base = CHAMPION / "checkpoint"
+        result = chat_evaluate.evaluate(CHAT / "checkpoint", config, base)
+        write_json(CHAT / chat_evaluate.RESULT_FILE, result)
+        write_json(CHAT / METRICS_FILE, result["metrics"])
+        chat_evaluate.record(log, CHAT, result)
+        print(chat_evaluate.table(result))
+        ended = "FINISHED"
+    finally:
+        log.close(ended)
+    return 0
+
+
 def metrics(result: Result) -> dict:
     """The few numbers that `dvc metrics` compares."""
     t = result.training
@@ -135,7 +186,10 @@ def write_curve_csv(points: list[dict], path: Path) -> None:
         writer.writerows(points)
 
 
-STAGES = {f.__name__: f for f in (corpus, tokenizer, tokens, pretrain, evaluate)}
+STAGES = {
+    f.__name__: f
+    for f in (corpus, tokenizer, tokens, pretrain, evaluate, chats, sft, chat_evaluate)
+}
 
 
 def main() -> int:

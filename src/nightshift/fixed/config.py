@@ -211,6 +211,98 @@ class Evaluate(Group):
     temperature: float = Field(gt=0, le=5)
 
 
+class Tasks(Group):
+    """Questions made by program, how many of each kind (fixed/tasks.py)."""
+
+    spelling: int = Field(ge=0)
+    counting: int = Field(ge=0)
+    arithmetic: int = Field(ge=0)
+    sorting: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    continuation: int = Field(ge=0)
+
+    @property
+    def total(self) -> int:
+        return sum(self.model_dump().values())
+
+
+class Conversations(Group):
+    """Where chats come from and how they are split (conf/conversations)."""
+
+    source: Literal["embedded", "folder", "hub"]
+    path: str | None
+    repo: str | None
+    revision: str
+    files: str
+    num_shards: int = Field(ge=1)
+    max_conversations: int | None = Field(ge=4)
+    tasks: Tasks
+    dev_frac: float = Field(gt=0, lt=0.5)
+    val_frac: float = Field(gt=0, lt=0.5)
+    test_frac: float = Field(gt=0, lt=0.5)
+
+    @field_validator("path")
+    @classmethod
+    def _from_where_we_stand(cls, path: str | None) -> str | None:
+        return path and str(Path(path).expanduser().absolute())
+
+    @model_validator(mode="after")
+    def _source_is_complete(self):
+        if self.source == "folder" and not self.path:
+            raise ValueError(
+                "conversations.path (null): conversations=folder needs the folder or file: "
+                "conversations.path=/my/chats.jsonl"
+            )
+        if self.source == "hub" and not self.repo:
+            raise ValueError(
+                "conversations.repo (null): a hub chat set needs a dataset name: "
+                "conversations.repo=owner/name"
+            )
+        held_out = self.dev_frac + self.val_frac + self.test_frac
+        if held_out > 0.8:
+            raise ValueError(
+                f"conversations.dev_frac + val_frac + test_frac ({held_out:g}) must leave "
+                "at least 0.2 of the conversations for training"
+            )
+        return self
+
+
+class Sft(Group):
+    """How a base checkpoint learns to chat (conf/sft, sft.py)."""
+
+    lr_scale: float = Field(gt=0, le=10)  # times the learning rates of `optim`
+    warmup_frac: float = Frac
+    warmdown_frac: float = Frac
+    final_lr_frac: float = Frac
+    batch_tokens: int = Field(ge=1)
+    micro_batch_size: int = Field(ge=1)
+    text_frac: float = Field(ge=0, lt=1)  # share of rows of pretraining text, against forgetting
+    lora_rank: int | None = Field(ge=1)  # null trains every weight
+    lora_alpha: float = Field(gt=0)  # the update is scaled by alpha / rank
+    lora_lr: float = Field(gt=0, le=10)
+
+    @model_validator(mode="after")
+    def _fits_in_the_budget(self):
+        total = self.warmup_frac + self.warmdown_frac
+        if total > 1:
+            raise ValueError(
+                f"sft.warmup_frac + warmdown_frac ({total:g}) must be at most 1: "
+                "both are shares of one budget"
+            )
+        return self
+
+
+class ChatEvaluate(Group):
+    """How a chat checkpoint is scored (conf/chat_evaluate, chat_evaluate.py)."""
+
+    max_conversations: int | None = Field(ge=2)  # of the held-out ones; null scores all
+    questions_per_task: int = Field(ge=1)  # exact match and multiple choice, for each kind
+    answer_tokens: int = Field(ge=1, le=4096)
+    batch_size: int = Field(ge=1)
+    sample_questions: list[str]
+    sample_tokens: int = Field(ge=1, le=4096)
+
+
 class Runtime(Group):
     """The machine's side of a run: no effect on what is learned."""
 
@@ -255,10 +347,12 @@ class Tracking(Group):
 class Config(Group):
     """A whole run.
 
-    `seed`, `corpus`, `budget`, `evaluate`, `runtime`, `sandbox`, `tracking` are never proposed.
+    `seed`, `corpus`, `budget`, `evaluate`, `conversations`, `sft_budget`, `chat_evaluate`,
+    `runtime`, `sandbox`, `tracking` are never proposed.
     """
 
     seed: int = Field(ge=0, lt=2**31)
+    base: str | None
     resume: str | None
     parent_run_id: str | None
     run_name: str | None
@@ -271,6 +365,10 @@ class Config(Group):
     train: Train
     budget: Budget
     evaluate: Evaluate
+    conversations: Conversations
+    sft: Sft
+    sft_budget: Budget
+    chat_evaluate: ChatEvaluate
     runtime: Runtime
     sandbox: Sandbox
     tracking: Tracking

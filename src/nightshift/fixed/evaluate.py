@@ -50,6 +50,7 @@ from nightshift.fixed.ruler import (
 from nightshift.fixed.store import read_manifest
 from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
 
+ALIKE = 0.95  # correlation of the initial weights of two seeds; independent ones have none
 LEARNED_NATS = 0.01  # a token, better than untrained weights
 MIN_STEPS_TO_LEARN = 10  # of training; a preflight learns nothing yet
 FASTER_THAN_FORWARD = 6.0  # training in bf16 against scoring in float32; forward and backward
@@ -102,7 +103,7 @@ class Scoring:
                 server.ready()
             machine.prepare(self.config.runtime, machine.pick_device(self.config.runtime))
             windows = self.windows()
-            nats, batch_size, forward = self.score(first, windows)
+            nats, batch_size, forward, forward_cpu_s = self.score(first, windows)
             val_bpb = bits_per_byte(nats, windows)
             self.check_speed(training, forward)
             probes = check_probes(
@@ -120,6 +121,7 @@ class Scoring:
             num_bytes=windows.num_bytes,
             num_tokens=int(windows.scored.sum()),
             forward_tokens_per_s=round(forward, 1),
+            forward_cpu_s=round(forward_cpu_s, 3),
             probes=probes,
             split=self.split,
             weights_sha256=weights,
@@ -146,11 +148,14 @@ class Scoring:
         texts = held_out_text(self.corpus, self.split, self.config.evaluate.max_bytes)
         return cut(texts, self.tokenizer, self.trained_with.model.seq_len)
 
-    def score(self, server: ModelServer, windows: Windows) -> tuple[np.ndarray, int, float]:
-        """(nats, batch size, tokens per second). Out of memory halves the batch, not the result."""
+    def score(self, server: ModelServer, windows: Windows) -> tuple[np.ndarray, int, float, float]:
+        """(nats, batch size, tokens per second, CPU seconds for a million tokens).
+
+        Out of memory halves the batch, not the result.
+        """
         batch_size = self.rows
         while True:
-            server.waited_s = 0.0
+            server.waited_s, before_s = 0.0, server.child.cpu_s()
             try:
                 nats = score(server.logits, windows, batch_size)
             except OutOfMemory:
@@ -159,7 +164,8 @@ class Scoring:
                 batch_size //= 2
                 continue
             shown = -(-len(windows.inputs) // batch_size) * batch_size * windows.inputs.shape[1]
-            return nats, batch_size, shown / server.waited_s
+            used_s = server.child.cpu_s() - before_s
+            return nats, batch_size, shown / server.waited_s, used_s / shown * 1e6
 
     def check_speed(self, training: Training | None, forward: float) -> None:
         """Training goes forward and back: it cannot be many times as fast as forward alone."""
@@ -182,11 +188,13 @@ class Scoring:
         if training is None or (training.steps or 0) < MIN_STEPS_TO_LEARN:
             return
         seed = training.seed or 0
-        others = server.untrained(seed + 1)
-        if server.untrained(seed) == others:
+        server.untrained(seed + 1)
+        alike = server.untrained(seed)
+        if not alike < ALIKE:
             raise Invalid(
-                "the initial weights are the same for every seed: the code fixes its own seed. "
-                "Seeds belong to the harness; use torch's default generator as it comes"
+                "the initial weights are (nearly) the same for every seed "
+                f"(correlation {alike:.3f}): the code fixes its own seed. Seeds belong to the "
+                "harness; use torch's default generator as it comes"
             )
         rows = slice(0, min(batch_size, len(windows.inputs)))
         inputs, targets = windows.inputs[rows], windows.targets[rows]

@@ -8,7 +8,8 @@ counts tokens and steps, keeps the time, and stops when the budget is spent.
 Covered: the number of tokens and steps, the order of the data, the time. The clock runs from the
 first batch at the latest: nothing can be learned before, for there is no text. Pauses (dev, saving)
 are granted for PAUSE_FRAC of the budget in all, then time runs on; each dev window is shown
-runtime.num_dev_points times at most; the weights must arrive soon after the last step.
+runtime.num_dev_points times at most; the weights must arrive soon after the last step. On a CPU the
+time that the process computes while the clock stands still is bounded by what dev and saving need.
 Not covered: what is done with a batch between its arrival and the next question. Under a budget in
 seconds that time is paid for; under one in tokens or steps, agent/trial.py compares it with what
 the baseline needs.
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nightshift.fixed import machine
 from nightshift.fixed.batches import Batches, ensure_tokens
 from nightshift.fixed.budget import PROGRESS_FILE, Clock
 from nightshift.fixed.config import Config
@@ -43,6 +45,7 @@ from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
 
 BYTES_PER_TOKEN = 4  # about; turns runtime.dev_bytes into tokens
 PAUSE_FRAC = 0.1  # of a budget in seconds
+ASIDE_FRAC, ASIDE_S = 0.1, 0.5  # CPU time beside the clock: of that of the steps, and in seconds
 LEAD = 2  # micro batches that the Trainer may fetch ahead
 ASK = struct.Struct("<cq")
 STATE = struct.Struct("<ddqB")
@@ -223,11 +226,17 @@ class Feeder:
         self.paused_s = self.longest_pause_s = 0.0
         self.started = self.delivered = False
         self.spent_at: float | None = None
+        self.child: Child | None = None
+        self.dev_tokens = 0  # served
+        self.cpu_at = 0.0  # the tree's CPU time when `charge_cpu` was last called
+        self.cpu_s = {"steps": 0.0, "aside": 0.0}  # while the clock ran; in pauses and at the end
+        self.on_cpu = machine.pick_device(config.runtime).type == "cpu"
         self.in_seconds = config.budget.kind == "seconds"
 
     def run(self, child: Child) -> None:
         """Until the candidate hangs up or ends. Raises Broken."""
         self.sock.setblocking(True)
+        self.child = child
         unread = b""
         while True:
             readable, _, _ = select.select([self.sock, child.pipe], [], [], 1.0)
@@ -258,6 +267,7 @@ class Feeder:
             case b"E":
                 self.clock.end_step()
                 if self.clock.spent and self.spent_at is None:
+                    self.charge_cpu("steps")
                     self.spent_at = time.monotonic()
                     self.clock.stop()
             case b"L":
@@ -273,6 +283,7 @@ class Feeder:
 
     def _batch(self) -> None:
         if not self.started:
+            self.cpu_at = self.child.cpu_s()
             self.clock.start()  # text is never looked at for free
             self.started = True
         self._resume()
@@ -293,11 +304,13 @@ class Feeder:
             self._send(b"\0")
             return
         self.dev_served[index] = shown + 1
+        self.dev_tokens += self.dev_parts[index][0].numel()
         inputs, targets = self.dev_parts[index]
         self._send(b"\1" + struct.pack("<I", len(inputs)) + _packed(inputs, targets))
 
     def _resume(self) -> None:
         if self.paused_at is not None:
+            self.charge_cpu("aside")
             pause = time.monotonic() - self.paused_at
             self.paused_s, self.paused_at = self.paused_s + pause, None
             self.longest_pause_s = max(self.longest_pause_s, pause)
@@ -316,6 +329,7 @@ class Feeder:
 
     def _pause(self) -> None:
         if self.started and self.paused_at is None and self.spent_at is None:
+            self.charge_cpu("steps")
             self.clock.stop()
             self.paused_at = time.monotonic()
 
@@ -344,9 +358,27 @@ class Feeder:
             )
         if steps and not optimizer_steps:
             raise Broken("the optimizer never stepped: nothing was learned from the data")
+        self.charge_cpu("aside" if self.spent_at or self.paused_at else "steps")
+        self._check_aside()
         if not self.delivered:
             self.take_over()
             self.delivered = True
+
+    def charge_cpu(self, where: str) -> None:
+        now = self.child.cpu_s()
+        self.cpu_s[where] += now - self.cpu_at
+        self.cpu_at = now
+
+    def _check_aside(self) -> None:
+        """What was computed while the clock stood still: dev, forward only, and saving."""
+        steps, aside = self.cpu_s["steps"], self.cpu_s["aside"]
+        forward = steps * self.dev_tokens / max(1, self.clock.tokens)  # as dear as a training step
+        allowed = forward + ASIDE_FRAC * steps + ASIDE_S
+        if self.on_cpu and aside > allowed:
+            raise Broken(
+                f"{aside:.1f} s of CPU time were used while the clock stood still (measuring dev "
+                f"and saving may take {allowed:.1f} s here): what is learned must be paid for"
+            )
 
     def _send(self, data: bytes) -> None:
         try:

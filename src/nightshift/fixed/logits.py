@@ -3,19 +3,19 @@
 `ModelServer` starts the candidate's model in the sandbox. Ids and logits lie in one shared memory
 of fixed size, sealed so that nobody can shrink it under the reader; the socket beside it carries
 fixed-size questions and answers. Nothing that the server says is imported, unpickled or executed:
-an answer is a status byte, a digest and a message, which is quoted as data.
+an answer is a status byte, a number and a message, which is quoted as data.
 
 Covered: wrong shapes, exceptions, death, silence and lies about memory become an exception here,
 never a number; logits that the server did not write are NaN (one column is poisoned beforehand).
 Not covered: the model may spend the evaluation's time limit, and no more.
 On a GPU logits pass through host memory as well: CUDA's memory handles do not cross pid namespaces.
 
-    asks: a letter and a number (int64)      answers: status, 32 bytes, length, message
+    asks: a letter and a number (int64)      answers: status, float64, length, message
     L n   logits of the first n rows         0 ok, 1 error, 2 out of memory
-    U s   from now on with untrained weights of seed s; the 32 bytes are their sha256
+    U s   from now on with untrained weights of seed s; the number is their correlation with
+          those of the U before
 """
 
-import hashlib
 import mmap
 import os
 import socket
@@ -34,7 +34,7 @@ from nightshift.fixed.ruler import Invalid
 from nightshift.fixed.sandbox import Child, Sandbox, spawn
 
 ASK = struct.Struct("<cq")
-ANSWER = struct.Struct("<B32sH")
+ANSWER = struct.Struct("<BdH")
 OK, ERROR, OUT_OF_MEMORY = 0, 1, 2
 MAX_MESSAGE = 300
 MAX_BUFFER_BYTES = 1 << 30  # of logits; larger batches are cut down to it
@@ -132,8 +132,8 @@ class ModelServer:
         self.waited_s += time.monotonic() - started
         return self.shared.logits[:rows]
 
-    def untrained(self, seed: int) -> bytes:
-        """Switch to fresh weights; their sha256."""
+    def untrained(self, seed: int) -> float:
+        """Switch to fresh weights; their correlation with those of the call before (0 at first)."""
         self.sock.sendall(ASK.pack(b"U", seed))
         return self._answer()
 
@@ -141,14 +141,14 @@ class ModelServer:
         self.child.kill()
         self.sock.close()
 
-    def _answer(self) -> bytes:
-        status, digest, length = ANSWER.unpack(self._read(ANSWER.size))
+    def _answer(self) -> float:
+        status, value, length = ANSWER.unpack(self._read(ANSWER.size))
         message = self._read(min(length, MAX_MESSAGE)).decode("utf-8", "replace")
         if status == OUT_OF_MEMORY:
             raise OutOfMemory(message)
         if status != OK:
             raise Failed("crash", f"the model failed while it was scored: {message}")
-        return digest
+        return value
 
     def _read(self, size: int) -> bytes:
         data = bytearray()
@@ -190,13 +190,13 @@ def serve(loader: Callable, sock_fd: int, memory_fd: int, shape: tuple[int, int,
     _reply(sock, None)
     while question := sock.recv(ASK.size, socket.MSG_WAITALL):
         letter, number = ASK.unpack(question)
-        digest = bytes(32)
+        value = 0.0
         try:
             if letter == b"U":
-                model, digest = untrained(number)
+                model, value = untrained(number)
             else:
                 _forward(model, shared, number, device)
-            _reply(sock, None, digest)
+            _reply(sock, None, value)
         except Exception as error:
             _reply(sock, error)
 
@@ -212,14 +212,14 @@ def _forward(model, shared: Shared, rows: int, device: torch.device) -> None:
     shared.logits[:rows].copy_(logits)
 
 
-def _reply(sock: socket.socket, error: Exception | None, digest: bytes = bytes(32)) -> None:
+def _reply(sock: socket.socket, error: Exception | None, value: float = 0.0) -> None:
     status, message = OK, b""
     if error is not None:
         short = " ".join(f"{type(error).__name__}: {error}".split())
         message = short.encode("utf-8", "replace")[:MAX_MESSAGE]
         status = OUT_OF_MEMORY if is_out_of_memory(error) else ERROR
         print(short[:2000], file=sys.stderr)
-    sock.sendall(ANSWER.pack(status, digest, len(message)) + message)
+    sock.sendall(ANSWER.pack(status, value, len(message)) + message)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -229,12 +229,16 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def weights_digest(model: torch.nn.Module) -> bytes:
-    """sha256 over all parameters, by name."""
-    state = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        state.update(name.encode() + parameter.detach().float().cpu().numpy().tobytes())
-    return state.digest()
+@torch.no_grad()
+def correlation(one: torch.nn.Module, other: torch.nn.Module) -> float:
+    """Of the parameters of two models of one shape, each tensor about its own mean."""
+    products, squares = 0.0, [0.0, 0.0]
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        a, b = (p.double() - p.double().mean() for p in (a, b))
+        products += float((a * b).sum())
+        squares = [squares[0] + float((a * a).sum()), squares[1] + float((b * b).sum())]
+    size = (squares[0] * squares[1]) ** 0.5
+    return products / size if size else 1.0
 
 
 def load_model(tree: Path, folder: Path, values: dict, vocab_size: int) -> tuple:
@@ -256,9 +260,13 @@ def load_model(tree: Path, folder: Path, values: dict, vocab_size: int) -> tuple
         model.dtype = machine.ruler_dtype(device, config.train)
         return model.to(device).eval()
 
+    before: list = []
+
     def untrained(seed: int):
         model = build(seed)
-        return model, weights_digest(model)
+        alike = correlation(model, before[-1]) if before else 0.0
+        before[:] = [model]
+        return model, alike
 
     model = build(config.seed)
     checkpoint.load_weights(model, folder)

@@ -173,7 +173,6 @@ class Recorder(L.Callback):
 
     def on_train_end(self, trainer, module) -> None:
         self.clock.stop()
-        self.hook.remove()
         self.run_log.curve(self.points)
         self.points = []
         self.curve_file.close()

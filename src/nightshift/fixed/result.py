@@ -52,6 +52,7 @@ class Training:
     fixed_code: str | None = None  # digest of the files below src/ that trials may not change
     editable_code: str | None = None  # and of those that they may
     cpu_s: float | None = None  # of the candidate's processes
+    steps_cpu_s: float | None = None  # of these, while the budget's clock ran
     protections: dict[str, list[str]] | None = None  # of the sandbox; null: it ran without one
     machine: dict[str, Any] = field(default_factory=dict)
 
@@ -67,6 +68,7 @@ class Result:
     num_tokens: int | None = None  # predictions scored
     eval_s: float | None = None
     forward_tokens_per_s: float | None = None  # of the model server, while it scored
+    forward_cpu_s: float | None = None  # of the model server, for a million tokens
     probes: int | None = None  # windows shown again with another future
     split: str = "val"
     weights_sha256: str | None = None

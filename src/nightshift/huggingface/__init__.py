@@ -1,0 +1,1 @@
+"""Files that an exported folder carries: `nightshift export` copies them; they run there."""
