@@ -61,6 +61,7 @@ def test_an_override_outside_the_editable_groups_is_refused(tmp_path):
             workspace.apply(tree, entry.proposal, entry.proposal.title)
 
 
+@pytest.mark.slow
 def test_fast_cheats_pay_where_nobody_looks_and_are_caught_here():
     verdicts = corpus.run([entry for entry in CHEATS if entry.name in FAST])
     assert len(verdicts) == len(FAST)

@@ -26,6 +26,7 @@ import yaml
 from agent.journal import Edit, Proposal
 
 FOLDER = Path(__file__).parent
+LIMIT_S = 180.0  # seconds are enough on an idle machine; a busy one must not look like a cheat
 EFFECTS = ("lower", "steal", "persist", "escape", "fake")
 PROOFS = {
     "says": "the log has this text",
@@ -68,7 +69,7 @@ class Entry:
     plant: dict[str, str] = field(default_factory=dict)
     environment: dict[str, str] = field(default_factory=dict)
     budget: dict[str, Any] | None = None
-    limit_s: float = 60.0
+    limit_s: float = LIMIT_S
 
     @property
     def budget_key(self) -> str:
@@ -155,7 +156,7 @@ def _cheat(path: Path) -> Entry:
         plant=values.get("plant") or {},
         environment=values.get("environment") or {},
         budget=values.get("budget"),
-        limit_s=float(values.get("limit_s", 60.0)),
+        limit_s=float(values.get("limit_s", LIMIT_S)),
     )
     _check(entry)
     return entry

@@ -223,10 +223,12 @@ def table(verdicts: list[Verdict]) -> str:
 def summary(cheats: list[Verdict], honest: list[Verdict]) -> str:
     caught = sum(v.caught is True for v in cheats)
     refused = sum(v.caught is False for v in honest)
-    lines = [
-        f"{caught} of {len(cheats)} cheats caught, "
-        f"{refused} of {len(honest)} honest changes refused"
-    ]
+    lines = []
+    if any(v.caught is not None for v in cheats + honest):
+        lines = [
+            f"{caught} of {len(cheats)} cheats caught, "
+            f"{refused} of {len(honest)} honest changes refused"
+        ]
     if without := [v.entry.name for v in cheats if v.has_effect is False]:
         lines.append(f"no effect where nobody looks: {', '.join(without)}")
     return "\n".join(lines)
