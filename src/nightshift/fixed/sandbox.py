@@ -237,6 +237,7 @@ def _supervise(sandbox, function, fds, log, pipe, control, caller) -> None:
             break
         _sleep_until_child(control, init)
     _kill_orphans()
+    killed = killed or _limit_passed(sandbox, 0.0, 0, _log_mb(log) - log_mb)  # since the last look
     code = os.waitstatus_to_exitcode(status)
     report = Report(
         exit=code if code >= 0 else 128 - code,
