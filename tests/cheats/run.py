@@ -264,6 +264,11 @@ def run(entries: list[Entry], num_workers: int = 2, sides=SIDES) -> list[Verdict
     return [judge(e, ran[e.name], ran[e.budget_key]) for e in entries]
 
 
+def _words(name: str) -> str:
+    """Each word of a name behind a line."""
+    return "_" + name.replace("/", "_")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="parts of names")
@@ -273,7 +278,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     entries = read_cheats() + read_honest()
     if options.only:
-        entries = [e for e in entries if any(f"_{part}" in f"_{e.name}" for part in options.only)]
+        entries = [e for e in entries if any(f"_{part}" in _words(e.name) for part in options.only)]
     started = time.monotonic()
     left_out = {"unguarded": options.no_unguarded, "guarded": options.no_guarded}
     sides = frozenset(side for side in SIDES if not left_out[side])
