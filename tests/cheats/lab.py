@@ -199,6 +199,7 @@ class Alarms:
 
     def __init__(self, reference: Path, secret: str):
         self.reference, self.secret, self.heard = reference, secret, set()
+        self.victim: subprocess.Popen | None = None
         self.tcp = socket.create_server(("127.0.0.1", 0))
         self.port = self.tcp.getsockname()[1]
         self.udp = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -215,7 +216,9 @@ class Alarms:
     def renew(self) -> None:
         """Before each run."""
         self.heard.clear()
-        if not hasattr(self, "victim") or self.victim.poll() is not None:
+        if self.victim is not None and self.victim_is_hurt:
+            self.close()
+        if self.victim is None:
             self.victim = subprocess.Popen(
                 [sys.executable, "-c", "import sys; sys.stdin.read()"],  # ends with this worker
                 env={"OPENAI_API_KEY": self.secret},
@@ -232,6 +235,8 @@ class Alarms:
     def close(self) -> None:
         self.victim.kill()
         self.victim.wait()
+        self.victim.stdin.close()
+        self.victim = None
 
     def _serve_tcp(self) -> None:
         """To whoever asks, the better model."""
