@@ -381,7 +381,7 @@ def _failure(trial: Trial) -> str:
 
 def _reproduce(settings: dict[str, Any], name: str, kept: list[Trial]) -> str:
     branch = settings.get("branch") or f"study/{name}"
-    lines = ["```", f"git checkout {branch} && dvc repro", "```"]
+    lines = ["```", f"git checkout {branch} && dvc repro evaluate", "```"]
     if base := settings.get("base_commit"):
         lines += ["", f"Against the baseline: `git diff {base[:7]} {branch}`."]
     if kept:

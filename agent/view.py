@@ -126,7 +126,7 @@ def summary(journal: Journal, folder: Path, name: str, report: Path | None) -> s
     if report:
         lines.append(f"{'report:':12} {report}")
     lines.append(f"{'look:':12} nightshift ui")
-    lines.append(f"{'reproduce:':12} git checkout study/{name} && dvc repro")
+    lines.append(f"{'reproduce:':12} git checkout study/{name} && dvc repro evaluate")
     return "\n".join(lines)
 
 

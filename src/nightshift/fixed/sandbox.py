@@ -13,8 +13,8 @@ used where the kernel and this user may have it, each reported by name in `Child
     privileges   seccomp: no ptrace, mounts, namespaces, io_uring, bpf, keys, clock setting ...;
                  capabilities: all dropped, none can be gained
     limits       rlimits: address space, file size, open files, core dumps; watch: memory and number
-                 of the tree's processes and the size of the writable folder, looked at five times
-                 a second; the tree is killed above the limit
+                 of the tree's processes, size of the writable folder and of what is printed, looked
+                 at five times a second; the tree is killed above the limit
 
 Covered: a candidate reads only what is listed, writes only into its folder, reaches no network, no
 other process and no credential of the environment, and leaves no process behind.
