@@ -265,3 +265,30 @@ def test_the_environment_holds_no_key(monkeypatch):
     environment = clean_environment("/tmp")
     assert not {"OPENAI_API_KEY", "LD_PRELOAD", "PYTHONPATH"} & set(environment)
     assert environment["HOME"] == "/tmp"
+
+
+def test_cpu_time_of_a_tree_counts_all_threads_and_children(box):
+    import threading
+
+    def toil():
+        def count():
+            end = time.process_time() + 0.4
+            while time.process_time() < end:
+                pass
+
+        thread = threading.Thread(target=count)
+        thread.start()
+        thread.join()
+        if os.fork() == 0:
+            count()
+            os._exit(0)
+        os.wait()
+        time.sleep(3)
+
+    child = spawn(box, toil)
+    assert child.started(20)
+    deadline = time.monotonic() + 20
+    while child.cpu_s() < 0.7 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert 0.7 <= child.cpu_s() < 1.6
+    child.kill()

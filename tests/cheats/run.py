@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -172,7 +173,11 @@ def prepare(root: Path) -> None:
         guarded = first.guarded(replace(UNCHANGED, limit_s=300.0), own_cache=lab.cache)
         if guarded.status != "ok":
             raise RuntimeError(f"the unchanged model is not ok: {guarded.message}")
-        (root / "baseline_work").write_text(str(guarded.work))
+        again = [first.guarded(replace(UNCHANGED, limit_s=300.0)) for _ in range(2)]
+        works = [
+            run.work for run in (guarded, *again) if run.work
+        ]  # as a study takes its baseline's
+        (root / "baseline_work").write_text(str(statistics.median(works)))
         _train_reference(first)
     finally:
         first.close()
