@@ -253,6 +253,7 @@ class Feeder:
                 return
 
     def _answer(self, letter: bytes, number: int) -> None:
+        began = None
         match letter:
             case b"B":
                 self._batch()
@@ -263,7 +264,7 @@ class Feeder:
             case b"P":
                 self._pause()
             case b"N":
-                self.clock.begin_step()
+                began = self.clock.begin_step()  # as it is recorded, and as a replay will see it
             case b"E":
                 self.clock.end_step()
                 if self.clock.spent and self.spent_at is None:
@@ -278,7 +279,8 @@ class Feeder:
                 raise Broken(f"training spoke out of turn ({letter!r} on the feed's socket)")
         if letter not in b"BD":
             clock = self.clock
-            state = clock.progress, clock.elapsed_s, clock.steps, clock.spent
+            progress = clock.progress if began is None else began
+            state = progress, clock.elapsed_s, clock.steps, clock.spent
             self._send(STATE.pack(*state))
 
     def _batch(self) -> None:
