@@ -270,7 +270,7 @@ class Bench:
             folder=folder.relative_to(self.study_folder).as_posix(),
             work=work(result),
             weights_sha256=result.weights_sha256,
-            protections=result.protections or training.protections,
+            protections=(result.binding or {}).get("protections") or training.protections,
             **{name: getattr(training, name) for name in names},
         )
 
@@ -293,7 +293,7 @@ def distrust(result: Result, code: tuple[str, str], config: Config) -> Result:
         if bound.get(key) != expected:
             wrong = f"its {key} is {bound.get(key)!r}, {expected!r} was started"
             break
-    if off := missing(result.protections or {}, config.sandbox.require):
+    if off := missing(bound.get("protections") or {}, config.sandbox.require):
         wrong = f"it was made without the required protections: {', '.join(off)}"
     if wrong:
         message = f"the result is not of this trial: {wrong}"

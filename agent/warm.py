@@ -39,12 +39,6 @@ PRELOAD = (
     "omegaconf",
     "pydantic",
 )
-# As in nightshift/fixed/sandbox.py, which this script cannot import: tests/test_trial.py compares.
-ENVIRONMENT = (
-    "PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES",
-    "CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "GOMP_SPINCOUNT",
-    "OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "NIGHTSHIFT_TRIAL", "NIGHTSHIFT_STUDY",
-)  # fmt: skip
 MARK = "NIGHTSHIFT_TRIAL"  # in the environment of a run and of everything it starts
 STUDY_MARK = "NIGHTSHIFT_STUDY"  # the study's folder, likewise; the server carries it too
 PLACEHOLDER = "-" * 128  # the server's own MARK; a child writes its own over it
@@ -71,6 +65,9 @@ class Starter:
         self.close()
         ours, theirs = socket.socketpair()
         self.socket, self.unread, self.events = ours, b"", {}
+        # Here, not above: this file is the server's script too, which imports no project code.
+        from nightshift.fixed.sandbox import ENVIRONMENT
+
         # No key and no token: what is forked from the server has its memory, and the /proc entry
         # of its environment.
         environment = {k: v for k, v in os.environ.items() if k in ENVIRONMENT}

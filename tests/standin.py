@@ -123,9 +123,10 @@ if behaviour == "other seed" and not is_preflight:
     binding["seed"] = seed + 1
 if behaviour == "other code":
     binding["editable_code"] = "0" * 16
-layers = {name: ["stand-in"] for name in ("files", "network", "processes", "privileges", "limits")}
+names = ("files", "network", "processes", "privileges", "limits")
+binding["protections"] = {name: ["stand-in"] for name in names}
 write(folder / "result.json", {"status": "ok", "val_bpb": val_bpb, "training": training,
-      "binding": binding, "protections": layers, "forward_cpu_s": 111.111})
+      "binding": binding, "forward_cpu_s": 111.111})
 """
 
 

@@ -12,12 +12,12 @@ import pytest
 import yaml
 from standin import behave, make_project
 
-from agent import warm, workspace
+from agent import workspace
 from agent.trial import Bench, Interrupted, Stop, distrust
 from agent.warm import MARK, STUDY_MARK, Starter, StartError, kill_marked, marked_processes
 from nightshift.fixed.config import config_digest
 from nightshift.fixed.result import Result, Training
-from nightshift.fixed.sandbox import ENVIRONMENT, PROTECTIONS
+from nightshift.fixed.sandbox import PROTECTIONS
 
 
 @pytest.fixture(scope="module")
@@ -163,11 +163,10 @@ def bound(config, **changes) -> Result:
         "config_digest": config_digest(config),
         "budget": config.budget.model_dump(),
         "weights_sha256": "w",
+        "protections": ALL,
     }
     training = Training(status="ok", weights_sha256="w")
-    return Result(
-        status="ok", val_bpb=1.0, training=training, binding=binding | changes, protections=ALL
-    )
+    return Result(status="ok", val_bpb=1.0, training=training, binding=binding | changes)
 
 
 @pytest.mark.parametrize(
@@ -195,14 +194,21 @@ def test_a_result_without_binding_or_required_protections_is_invalid(bench):
     strict = bench.config.model_copy(
         update={"sandbox": bench.config.sandbox.model_copy(update={"require": ["network"]})}
     )
-    result = bound(strict)
-    result.protections = ALL | {"network": []}
+    result = bound(strict, protections=ALL | {"network": []})
     found = distrust(result, ("f", "e"), strict)
     assert found.status == "invalid" and "required protections: network" in found.message
 
 
-def test_the_server_s_environment_is_the_sandbox_s():
-    assert warm.ENVIRONMENT == ENVIRONMENT
+def test_the_server_carries_no_key_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    starter = Starter(tmp_path, warm=False)
+    try:
+        place = Path(f"/proc/{starter.server.pid}/environ")
+        while not (environment := place.read_bytes()):  # until its program has begun
+            time.sleep(0.01)
+        assert b"sk-secret" not in environment and MARK.encode() in environment
+    finally:
+        starter.close()
 
 
 def test_marked_processes_of_another_study_are_left_alone(tmp_path):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,7 @@ def job(values: dict[str, Any]) -> int:
 
     hydra = HydraConfig.get()
     folder, is_multirun = Path(hydra.runtime.output_dir), hydra.mode == RunMode.MULTIRUN
-    overrides = [
-        o
-        for o in hydra.overrides.task
-        if not o.startswith(("parent_run_id=", "run_name=", "tracking", "runtime", "sandbox"))
-    ]
+    overrides = that_name_a_run(hydra.overrides.task)
     try:
         tracking = check(values["tracking"], knobs.Tracking)
         if is_multirun and tracking.enabled and not values["parent_run_id"]:
@@ -82,23 +79,45 @@ def job(values: dict[str, Any]) -> int:
         return 2
 
 
+def that_name_a_run(overrides: list[str]) -> list[str]:
+    """Without those that do not change what is learned."""
+    no_matter = ("parent_run_id=", "run_name=", "tracking", "runtime", "sandbox")
+    return [override for override in overrides if not override.startswith(no_matter)]
+
+
 def tracked_run(
     values: dict[str, Any], tracking: knobs.Tracking, folder: Path, overrides: list[str]
 ) -> int:
-    """Train and evaluate inside one MLflow run, which is closed whatever happens."""
-    from nightshift.fixed.tracking import open_store
+    """Train and evaluate inside one MLflow run."""
 
-    name = values["run_name"] or ", ".join(overrides) or "defaults"
-    log = open_store(tracking).start(name, "pretrain", parent_run_id=values["parent_run_id"])
-    ended = "FAILED"
-    try:
+    def body(log) -> tuple[bool, Training]:
         config = continued(check(values), overrides)
         log.params(config)
         training = train(config, folder, log)
         result = scored(folder, training) if config.runtime.evaluate else None
         record(log, folder, training, result)
         print(summary(folder, training, result))
-        ok = training.status == "ok" and (result is None or result.status == "ok")
+        return training.status == "ok" and (result is None or result.status == "ok"), training
+
+    name = values["run_name"] or ", ".join(overrides) or "defaults"
+    return in_one_run(name, "pretrain", values["parent_run_id"], tracking, folder, body)
+
+
+def in_one_run(
+    name: str,
+    kind: str,
+    parent_run_id: str | None,
+    tracking: knobs.Tracking,
+    folder: Path,
+    body: Callable[[Any], tuple[bool, Training]],
+) -> int:
+    """`body(log)` says whether all went well; the MLflow run is closed whatever happens."""
+    from nightshift.fixed.tracking import open_store
+
+    log = open_store(tracking).start(name, kind, parent_run_id=parent_run_id)
+    ended = "FAILED"
+    try:
+        ok, training = body(log)
         ended = "FINISHED" if ok else "KILLED" if training.interrupted else "FAILED"
         return 0 if ok else EXIT_INTERRUPTED if training.interrupted else 1
     except ConfigError as error:

@@ -27,7 +27,6 @@ from nightshift.fixed.config import ROOT, Config, ConfigError, check
 from nightshift.fixed.result import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
-    CURVE_FILE,
     SAMPLES_FILE,
     TRAINING_FILE,
     Training,
@@ -66,9 +65,8 @@ def job(values: dict[str, Any]) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
-    folder, given = Path(hydra.runtime.output_dir), list(hydra.overrides.task)
-    no_matter = ("parent_run_id=", "run_name=", "tracking", "runtime", "sandbox")
-    overrides = [o for o in given if not o.startswith(no_matter)]
+    folder = Path(hydra.runtime.output_dir)
+    overrides = pretrain.that_name_a_run(hydra.overrides.task)
     try:
         tracking = check(values["tracking"], knobs.Tracking)
         return tracked_run(values, tracking, folder, overrides)
@@ -80,13 +78,9 @@ def job(values: dict[str, Any]) -> int:
 def tracked_run(
     values: dict[str, Any], tracking: knobs.Tracking, folder: Path, overrides: list[str]
 ) -> int:
-    """Train and score inside one MLflow run, which is closed whatever happens."""
-    from nightshift.fixed.tracking import open_store
+    """Train and score inside one MLflow run."""
 
-    name = values["run_name"] or ", ".join(overrides) or "sft"
-    log = open_store(tracking).start(name, "sft", parent_run_id=values["parent_run_id"])
-    ended = "FAILED"
-    try:
+    def body(log) -> tuple[bool, Training]:
         config = for_run(check(values), overrides)
         log.params(config)
         training = train(config, folder, log)
@@ -95,16 +89,10 @@ def tracked_run(
         chat = score(folder, log) if scored else None
         print(summary(folder, training, chat))
         ok = training.status == "ok" and (chat is not None or not config.runtime.evaluate)
-        ended = "FINISHED" if ok else "KILLED" if training.interrupted else "FAILED"
-        return 0 if ok else pretrain.EXIT_INTERRUPTED if training.interrupted else 1
-    except ConfigError as error:
-        if not (folder / CURVE_FILE).exists():
-            pretrain.leave_nothing(folder)
-        log.tags({"status": "invalid"})
-        log.describe(f"Not run: {error}")
-        raise
-    finally:
-        log.close(ended)
+        return ok, training
+
+    name = values["run_name"] or ", ".join(overrides) or "sft"
+    return pretrain.in_one_run(name, "sft", values["parent_run_id"], tracking, folder, body)
 
 
 # -- the configuration of a run

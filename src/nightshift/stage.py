@@ -7,6 +7,7 @@ import csv
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -51,15 +52,21 @@ def tokens(config: Config) -> int:
 
 def pretrain(config: Config) -> int:
     from nightshift import pretrain
+
+    return train("pretrain", config, pretrain.train, work_folder(), CHAMPION)
+
+
+def train(kind: str, config: Config, run: Callable, folder: Path, place: Path) -> int:
+    """`run` in an MLflow run of its own; what it leaves goes to `place` if all is well."""
+    from nightshift import pretrain
     from nightshift.fixed.tracking import open_store
 
-    folder = work_folder()
     shutil.rmtree(folder, ignore_errors=True)
-    log = open_store(config.tracking).start("dvc repro", "pretrain")
+    log = open_store(config.tracking).start("dvc repro", kind)
     log.params(config)
     ended = "FAILED"
     try:
-        training = pretrain.train(config, folder, log)
+        training = run(config, folder, log)
         pretrain.record(log, folder, training, None)
         print(pretrain.summary(folder, training, None))
         ended = "FINISHED" if training.status == "ok" else "FAILED"
@@ -67,7 +74,7 @@ def pretrain(config: Config) -> int:
         log.close(ended)
     if training.status != "ok":
         return 1
-    publish(folder, CHAMPION, "checkpoint", TRAINING_FILE, CURVE_FILE)
+    publish(folder, place, "checkpoint", TRAINING_FILE, CURVE_FILE)
     return 0
 
 
@@ -93,26 +100,10 @@ def chats(config: Config) -> int:
 
 
 def sft(config: Config) -> int:
-    from nightshift import pretrain, sft
-    from nightshift.fixed.tracking import open_store
+    from nightshift import sft
 
-    folder = work_folder() / "chat"
-    shutil.rmtree(folder, ignore_errors=True)
     config = sft.for_run(config.model_copy(update={"base": str(CHAMPION)}))
-    log = open_store(config.tracking).start("dvc repro", "sft")
-    log.params(config)
-    ended = "FAILED"
-    try:
-        training = sft.train(config, folder, log)
-        pretrain.record(log, folder, training, None)
-        print(pretrain.summary(folder, training, None))
-        ended = "FINISHED" if training.status == "ok" else "FAILED"
-    finally:
-        log.close(ended)
-    if training.status != "ok":
-        return 1
-    publish(folder, CHAT, "checkpoint", TRAINING_FILE, CURVE_FILE)
-    return 0
+    return train("sft", config, sft.train, work_folder() / "chat", CHAT)
 
 
 def chat_evaluate(config: Config) -> int:

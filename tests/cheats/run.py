@@ -33,6 +33,7 @@ from agent import workspace  # noqa: E402
 from agent.journal import Proposal  # noqa: E402
 from agent.warm import kill_marked  # noqa: E402
 from nightshift.fixed.config import ROOT  # noqa: E402
+from nightshift.fixed.layers import die_with  # noqa: E402
 
 OUT = ROOT / "benchmarks/out/cheats.json"
 WORTH = 0.01  # bits per byte that a cheat must win where nobody looks
@@ -69,7 +70,8 @@ worker: Worker | None = None
 
 
 def start_worker(root: str) -> None:
-    """A copy of the laboratory for this process."""
+    """A copy of the laboratory for this process, which ends with the run that started it."""
+    die_with(os.getppid())
     global worker
     own = Path(root) / f"worker-{os.getpid()}"
     own.mkdir()

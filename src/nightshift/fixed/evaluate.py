@@ -125,9 +125,7 @@ class Scoring:
             probes=probes,
             split=self.split,
             weights_sha256=weights,
-            corpus_digest=digest,
             training=training,
-            protections=protections,
             binding=self.binding(training, weights, digest, trees, protections),
         )
 

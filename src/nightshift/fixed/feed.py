@@ -130,7 +130,6 @@ class RemoteClock:
         self.line, self.budget = line, config.budget
         self.tokens_per_step = config.train.batch_tokens
         self.steps, self.spent, self._progress, self._elapsed_s = 0, False, 0.0, 0.0
-        self.recorded: list[float] = []
 
     def _say(self, letter: bytes) -> None:
         self.line.ask(letter)

@@ -72,9 +72,7 @@ class Result:
     probes: int | None = None  # windows shown again with another future
     split: str = "val"
     weights_sha256: str | None = None
-    corpus_digest: str | None = None
     binding: dict[str, Any] | None = None  # everything that the number belongs to
-    protections: dict[str, list[str]] | None = None  # of the sandbox that the model was scored in
     training: Training | None = None
 
     def __post_init__(self):
