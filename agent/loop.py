@@ -176,7 +176,7 @@ def bench(study: Study, trial: Trial, tree: Path, folder: Path, config) -> Bench
         folder=folder,
         tree=tree,
         base=study.folder / BASE_FOLDER,
-        code=workspace.code_digests(tree, study.settings["first_commit"]),
+        code=workspace.code_of(tree, study.settings["first_commit"]),
         baseline_work=baseline_work(study) if trial.parent is not None else None,
         config=config,
         own_cache=shared if trial.parent is None else folder / "cache",

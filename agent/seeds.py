@@ -115,7 +115,7 @@ def run_parent(study: Study, parent: Trial, seed: int, on: Bench) -> Run:
             on,
             folder=folder,
             tree=tree,
-            code=workspace.code_digests(tree, study.settings["first_commit"]),
+            code=workspace.code_of(tree, study.settings["first_commit"]),
             config=config,
             own_cache=folder / "cache",
         )

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 
 from agent.journal import Run
 from agent.warm import MARK, Starter, kill_marked
+from agent.workspace import Code
 from nightshift.fixed.config import Config, check, config_digest
 from nightshift.fixed.result import (
     CHECKPOINT_FOLDER,
@@ -81,9 +82,7 @@ class Bench:
     folder: Path  # trials/NNN of it
     tree: Path  # the worktree
     base: Path  # a worktree of the study's base commit: the harness's own code
-    code: tuple[
-        str, str
-    ]  # digests that git has of the code: fixed (base's), editable (the trial's)
+    code: Code  # what git has in `tree`, fixed part as of the base commit
     baseline_work: float | None  # of the baseline's runs; None for themselves
     config: Config  # resolved; seed, budget and runtime are set for each run
     own_cache: Path  # where the runs may write data
@@ -275,14 +274,15 @@ class Bench:
         )
 
 
-def distrust(result: Result, code: tuple[str, str], config: Config) -> Result:
+def distrust(result: Result, code: Code, config: Config) -> Result:
     """The result, or `invalid` if its binding is not that of what was started."""
     if result.status != "ok":
         return result
     bound, training = result.binding or {}, result.training
     started = {
-        "fixed_code": code[0],
-        "editable_code": code[1],
+        "commit": code.commit,
+        "fixed_code": code.fixed,
+        "editable_code": code.editable,
         "config_digest": config_digest(config),
         "seed": config.seed,
         "budget": config.budget.model_dump(),

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -321,8 +321,16 @@ def resolve(tree: Path) -> Config:
     return check(compose(tree / "conf", "config", []))
 
 
-def code_digests(tree: Path, fixed_at: str) -> tuple[str, str]:
-    """(fixed, editable) digests of the code, as git has it. Raises Refused.
+class Code(NamedTuple):
+    """What a trial runs, as git has it: its commit, and digests of the files below src/."""
+
+    commit: str
+    fixed: str
+    editable: str
+
+
+def code_of(tree: Path, fixed_at: str) -> Code:
+    """Raises Refused.
 
     Fixed as of `fixed_at`, the study's first commit, which the tree's commit must agree with.
     """
@@ -333,7 +341,7 @@ def code_digests(tree: Path, fixed_at: str) -> tuple[str, str]:
             f"files below src/ that are not editable differ from the study's base commit "
             f"{fixed_at[:12]}. Editable: {EDITABLE}."
         )
-    return fixed, editable
+    return Code(git(tree, "rev-parse", "HEAD"), fixed, editable)
 
 
 def _digests_at(tree: Path, commit: str) -> tuple[str, str]:

@@ -58,7 +58,7 @@ def fresh_runs(starter, folder: Path, base: Path, trial: Trial, seeds, threads) 
             folder=folder,
             tree=tree,
             base=base,
-            code=workspace.code_digests(tree, trial.commit),
+            code=workspace.code_of(tree, trial.commit),
             baseline_work=None,
             config=config.model_copy(update={"runtime": runtime}),
             own_cache=folder / "cache",

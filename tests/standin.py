@@ -116,9 +116,12 @@ lr = values["optim"]["matrix_lr"]
 val_bpb = 2.0 + 10 * abs(lr - 0.04) + noise - model["BONUS"]
 training = json.loads((folder / "training.json").read_text())
 fixed, editable = code_digests(tree)
-binding = {"fixed_code": fixed, "editable_code": editable, "seed": training["seed"],
-           "config_digest": training["config_digest"], "budget": values["budget"],
-           "weights_sha256": training["weights_sha256"]}
+import subprocess
+head = ["git", "-C", str(tree), "rev-parse", "HEAD"]
+commit = subprocess.run(head, capture_output=True, text=True).stdout.strip()
+binding = {"commit": commit, "fixed_code": fixed, "editable_code": editable,
+           "seed": training["seed"], "config_digest": training["config_digest"],
+           "budget": values["budget"], "weights_sha256": training["weights_sha256"]}
 if behaviour == "other seed" and not is_preflight:
     binding["seed"] = seed + 1
 if behaviour == "other code":

@@ -37,7 +37,7 @@ def bench(project, tmp_path):
             folder=study / "trials/001",
             tree=tree,
             base=project,
-            code=("", ""),
+            code=workspace.Code("", "", ""),
             baseline_work=3.0,
             config=workspace.resolve(tree),
             own_cache=study / "trials/001/cache",
@@ -57,7 +57,7 @@ def run(bench: Bench, behaviour: str, limit_s: float = 20.0):
 
 
 def start(bench: Bench, *args):
-    bench.code = workspace.code_digests(bench.tree, "main")
+    bench.code = workspace.code_of(bench.tree, "main")
     return bench.run(*args)
 
 
@@ -152,11 +152,13 @@ def test_data_that_cannot_be_had_end_the_trial_with_their_reason(bench):
 
 
 ALL = {name: ["layer"] for name in PROTECTIONS}
+CODE = workspace.Code("c", "f", "e")
 
 
 def bound(config, **changes) -> Result:
     """A result as it should be, but for `changes` of its binding."""
     binding = {
+        "commit": "c",
         "fixed_code": "f",
         "editable_code": "e",
         "seed": config.seed,
@@ -173,6 +175,7 @@ def bound(config, **changes) -> Result:
     ("changes", "words"),
     [
         ({}, None),
+        ({"commit": "x"}, "its commit is 'x'"),
         ({"fixed_code": "x"}, "its fixed_code is 'x'"),
         ({"editable_code": "x"}, "its editable_code is 'x'"),
         ({"seed": 77}, "its seed is 77"),
@@ -182,7 +185,7 @@ def bound(config, **changes) -> Result:
     ],
 )
 def test_a_result_that_is_bound_to_something_else_is_invalid(bench, changes, words):
-    found = distrust(bound(bench.config, **changes), ("f", "e"), bench.config)
+    found = distrust(bound(bench.config, **changes), CODE, bench.config)
     assert found.status == ("invalid" if words else "ok")
     assert words is None or (words in found.message and found.val_bpb is None)
 
@@ -190,12 +193,12 @@ def test_a_result_that_is_bound_to_something_else_is_invalid(bench, changes, wor
 def test_a_result_without_binding_or_required_protections_is_invalid(bench):
     result = bound(bench.config)
     result.binding = None
-    assert distrust(result, ("f", "e"), bench.config).status == "invalid"
+    assert distrust(result, CODE, bench.config).status == "invalid"
     strict = bench.config.model_copy(
         update={"sandbox": bench.config.sandbox.model_copy(update={"require": ["network"]})}
     )
     result = bound(strict, protections=ALL | {"network": []})
-    found = distrust(result, ("f", "e"), strict)
+    found = distrust(result, CODE, strict)
     assert found.status == "invalid" and "required protections: network" in found.message
 
 

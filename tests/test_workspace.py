@@ -144,10 +144,11 @@ def test_the_digests_of_git_are_those_of_the_files(tree):
     from nightshift.fixed.result import code_digests
 
     start = run_git(tree, "rev-parse", "HEAD")
-    assert workspace.code_digests(tree, start) == code_digests(tree)
+    assert workspace.code_of(tree, start) == (start, *code_digests(tree))
     workspace.apply(tree, bonus(0.0, 0.5), "t")
-    fixed, editable = workspace.code_digests(tree, start)
+    commit, fixed, editable = workspace.code_of(tree, start)
     assert (fixed, editable) == code_digests(tree)
+    assert commit == run_git(tree, "rev-parse", "HEAD")
     assert editable != workspace._digests_at(tree, start)[1]
 
 
@@ -156,7 +157,7 @@ def test_a_commit_that_touches_fixed_code_is_refused(tree):
     (tree / "src/nightshift/fixed/evaluate.py").write_text("print('val_bpb 0.1')")
     workspace._commit(tree, "evil", ["src"])
     with pytest.raises(Refused, match="differ from the study's base commit"):
-        workspace.code_digests(tree, start)
+        workspace.code_of(tree, start)
 
 
 def test_value_file_that_reaches_into_another_group_is_refused(project, tree):

@@ -168,7 +168,7 @@ def train(config: Config, folder: Path, log, feed=None) -> Training:
     """
     import torch
 
-    from nightshift.fixed import checkpoint
+    from nightshift.fixed import checkpoint, machine
     from nightshift.fixed.recorder import Diverged
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def train(config: Config, folder: Path, log, feed=None) -> Training:
             raise
         training = Training(status="oom", message=out_of_memory(config, error))
     training.seed, training.config_digest = config.seed, knobs.config_digest(config)
-    training.code, training.commit = str(ROOT), commit_of(ROOT)
+    training.code, training.commit = str(ROOT), machine.commit_of(ROOT)
     training.total_s = round(time.monotonic() - STARTED_AT, 3)
     write_json(folder / TRAINING_FILE, training)
     return training
@@ -280,18 +280,6 @@ def samples(model, tokenizer, config: Config) -> list[dict[str, str]]:
         {"prompt": prompt, "completion": completion.text}
         for prompt, completion in zip(e.sample_prompts, done, strict=True)
     ]
-
-
-def commit_of(root: Path) -> str | None:
-    """The commit of the code; with `+` when code or conf differ from it; null outside git."""
-    git = ["git", "-C", str(root)]
-    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if head.returncode != 0:
-        return None
-    changed = subprocess.run(
-        [*git, "status", "--porcelain", "--", "src", "conf"], capture_output=True, text=True
-    )
-    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def out_of_memory(config: Config, error: BaseException) -> str:

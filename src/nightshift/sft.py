@@ -159,7 +159,7 @@ def train(config: Config, folder: Path, log) -> Training:
     """pretrain.train with another `fit`: what goes wrong while training is a status."""
     import torch
 
-    from nightshift.fixed import checkpoint
+    from nightshift.fixed import checkpoint, machine
     from nightshift.fixed.recorder import Diverged
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def train(config: Config, folder: Path, log) -> Training:
         message = pretrain.out_of_memory(config, error).replace("train.", "sft.")
         training = Training(status="oom", message=message)
     training.seed, training.config_digest = config.seed, knobs.config_digest(config)
-    training.code, training.commit = str(ROOT), pretrain.commit_of(ROOT)
+    training.code, training.commit = str(ROOT), machine.commit_of(ROOT)
     write_json(folder / TRAINING_FILE, training)
     return training
 

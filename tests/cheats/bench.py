@@ -98,7 +98,7 @@ class Worker:
             entry = entry.filled(self._places(self.lab.cache, tree, run, NUM_FORKS_GUARDED))
             try:
                 config = workspace.apply(tree, entry.proposal, entry.proposal.title).config
-                code = workspace.code_digests(tree, self.first_commit)
+                code = workspace.code_of(tree, self.first_commit)
             except workspace.Refused as refusal:
                 return Outcome(status="invalid", message=str(refusal))
             bench = Bench(

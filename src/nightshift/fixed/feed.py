@@ -37,7 +37,7 @@ from torch import Tensor
 
 from nightshift.fixed import machine
 from nightshift.fixed.batches import Batches, ensure_tokens
-from nightshift.fixed.budget import PROGRESS_FILE, Clock
+from nightshift.fixed.budget import Clock
 from nightshift.fixed.config import Config
 from nightshift.fixed.sandbox import Child
 from nightshift.fixed.store import read_manifest
@@ -387,10 +387,6 @@ class Feeder:
             self.sock.sendall(data)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it is gone; `run` notices
-
-    def save_progress(self, folder: Path) -> None:
-        (folder / PROGRESS_FILE).unlink(missing_ok=True)
-        self.clock.save(folder)
 
 
 def _packed(inputs: Tensor, targets: Tensor) -> bytes:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -118,6 +119,18 @@ def facts(device: torch.device) -> dict:
         machine |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
         machine |= _gpu_clocks()
     return machine
+
+
+def commit_of(root: Path) -> str | None:
+    """The commit of the code; with `+` when code or conf differ from it; null outside git."""
+    git = ["git", "-C", str(root)]
+    head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    if head.returncode != 0:
+        return None
+    changed = subprocess.run(
+        [*git, "status", "--porcelain", "--", "src", "conf"], capture_output=True, text=True
+    )
+    return head.stdout.strip() + ("+" if changed.stdout.strip() else "")
 
 
 def _cpu_name() -> str:

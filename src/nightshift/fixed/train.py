@@ -70,7 +70,7 @@ def train(config: Config, tree: Path, folder: Path) -> Training:
     data_digest, values = read_manifest(tokens)["digest"], config.model_dump()
     ours, theirs = socket.socketpair()
     box = candidate.view(config, tree, readable=(tokenizer,), writable=scratch)
-    trees = code_digests(tree)
+    trees, commit = code_digests(tree), machine.commit_of(tree)
     child = spawn(
         box,
         lambda: candidate.train(tree, values, scratch, theirs.fileno(), tokenizer, data_digest),
@@ -95,7 +95,7 @@ def train(config: Config, tree: Path, folder: Path) -> Training:
     claims = read_claims(scratch / TRAINING_FILE)
     status, message = verdict(broken or too_many_cpus(config, report), report, claims, feeder)
     take_claims(config, scratch, folder)
-    feeder.save_progress(folder)
+    feeder.clock.save(folder)
     shutil.rmtree(scratch, ignore_errors=True)
     return Training(
         status=status,
@@ -106,6 +106,7 @@ def train(config: Config, tree: Path, folder: Path) -> Training:
         config_digest=config_digest(config),
         data_digest=data_digest,
         code=str(tree),
+        commit=commit,
         fixed_code=trees[0],
         editable_code=trees[1],
         protections=child.layers,
