@@ -13,7 +13,7 @@ from nightshift import pretrain
 from nightshift.fixed import checkpoint, evaluate
 from nightshift.fixed.config import ROOT
 from nightshift.fixed.corpus import ensure_corpus
-from nightshift.fixed.result import TRAINING_FILE, read_training, write_json
+from nightshift.fixed.result import TRAINING_FILE, code_digests, read_training, write_json
 from nightshift.fixed.ruler import held_out_text
 from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
 from nightshift.fixed.tracking import open_store
@@ -181,6 +181,19 @@ def test_weights_other_than_those_that_training_delivered_are_refused(trained, t
     write_json(copy / TRAINING_FILE, training)
     result = evaluate.evaluate(copy, cfg)
     assert result.status == "invalid" and "not those that training delivered" in result.message
+
+
+@pytest.mark.parametrize("changed", ["fixed_code", "editable_code"])
+def test_code_that_changed_since_training_is_refused(trained, tmp_path, changed):
+    run, cfg = trained
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    training = read_training(copy / TRAINING_FILE)
+    training.fixed_code, training.editable_code = code_digests(ROOT)
+    setattr(training, changed, "0" * 16)
+    write_json(copy / TRAINING_FILE, training)
+    result = evaluate.evaluate(copy, cfg)
+    assert result.status == "invalid" and "code changed" in result.message
 
 
 def test_training_faster_than_the_model_can_be_is_refused(trained, tmp_path):

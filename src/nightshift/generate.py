@@ -347,12 +347,3 @@ def last_of(logits_BTV: Tensor, lengths: Sequence[int]) -> Tensor:
 
 def device_of(model: GPT) -> torch.device:
     return next(model.parameters()).device
-
-
-def complete(
-    model: GPT, tokenizer: Tokenizer, prompt: str, num_tokens: int, temperature: float, seed: int
-) -> str:
-    """The sampled continuation, without the prompt; ends early at a document boundary."""
-    sampling = Sampling(max_tokens=num_tokens, temperature=temperature, seed=seed)
-    tokens = [tokenizer.bos, *tokenizer.encode(prompt)]
-    return Engine(model, tokenizer).generate([tokens], sampling)[0].text
