@@ -117,6 +117,12 @@ def test_equal_and_shorter_is_kept(differences, kind):
     assert decide(differences, BAR).kind != "keep"
 
 
+def test_a_clear_loser_costs_one_run_before_the_noise_is_known():
+    assert decide([-0.0194], NEW).kind == "discard"
+    assert decide([-0.0194], NEW, shorter=True).kind == "discard"
+    assert decide([-0.002], NEW).kind == "more"
+
+
 def test_reason_of_a_shorter_keep_names_it():
     reason = decide((0.0002, -0.0001, 0.0001), BAR, shorter=True).reason
     assert reason.startswith("equal within noise, and shorter: gain +0.0001 over 3 seeds")

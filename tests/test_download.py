@@ -38,8 +38,8 @@ class Files(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(DATA) - start))
         self.end_headers()
         part = DATA[start : None if self.cut is None else start + self.cut]
+        self.sent.append((start, len(part)))  # first: the client may be done before write() returns
         self.wfile.write(part)
-        self.sent.append((start, len(part)))
         if self.stall:
             time.sleep(60)
 
