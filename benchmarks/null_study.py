@@ -91,7 +91,7 @@ def propose(context: Context) -> Proposal | None:
                 return Proposal(
                     title=f"{kind}: {' '.join(edit.replace.split())[:50]}",
                     hypothesis="Nothing changes but the text, the rounding or the draw.",
-                    source="null",
+                    source="nothing",
                     edits=[edit],
                 )
     return None
@@ -164,12 +164,12 @@ def main() -> int:
     studies, trials = int(given.pop("studies", 3)), given.pop("trials", "60")
     if "threads" in given:
         given["runtime.num_threads"] = given.pop("threads")
-    mixed.PROPOSERS["null"] = propose
+    mixed.PROPOSERS["nothing"] = propose
     for number in range(1, studies + 1):
         name = f"null-{number}"
         asked = [
             f"study.name={name}", f"study.seed={number}", f"study.trials={trials}",
-            "study.sources={sampler: 0, recipes: 0, null: 1}".replace("null", "'null'"),
+            "study.sources.sampler=0", "study.sources.recipes=0", "+study.sources.nothing=1",
             *(f"{key}={value}" for key, value in given.items()),
         ]  # fmt: skip
         if status := loop.main(asked):
