@@ -144,6 +144,7 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
         space=study.plan.space,
         sources=study.plan.study.sources,
         read=read,
+        target=study.plan.study.judged_by,
         note=study.note,
     )
     proposal = mixed.propose(context)

@@ -174,7 +174,7 @@ def read_plan(conf: Path, overrides: list[str]) -> Plan:
     try:
         study = check(part, _StudyPart)
         mistakes += _mistakes_in_space(study.space, study.study.judged_by)
-        recipes.read_recipes()
+        recipes.read_recipes(recipes.folder_of(study.study.judged_by))
     except ConfigError as error:
         mistakes.append(str(error))
     if config and study and config.base and study.study.target == "val_bpb":
