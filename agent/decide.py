@@ -1,6 +1,6 @@
 """Keep, discard or run another seed: from numbers alone. Pure: no files, no clock, no chance.
 
-What is judged are paired differences: the parent's val_bpb minus the trial's on the same seed, so
+What is judged are paired differences: the parent's number minus the trial's on the same seed, so
 that what both owe to the seed cancels. They are modelled as normal with mean theta (the gain) and
 standard deviation tau, which is unknown and differs from change to change.
 
@@ -47,7 +47,7 @@ from agent.journal import Run, Trial
 
 RATIOS = np.geomspace(0.01, 100.0, 40)  # tau over sigma of a seed, see above
 GAIN_RATIOS = np.geomspace(0.05, 1000.0, 10)  # scale of a gain over sigma of a seed
-RESOLUTION = 1e-6  # val_bpb has six digits
+RESOLUTION = 1e-6  # scores have six digits
 PSEUDO_TRIALS = 2.0  # weight of the prior against the trials seen, at each level
 EM_ROUNDS = 10
 HALF_SPENT_AFTER = 100  # K: trials after which half of the error budget is spent
@@ -60,7 +60,7 @@ DRIFT_TAUS = 4.0  # a repeated run may move by so many before old numbers are gi
 
 
 class Noise(NamedTuple):
-    """How much val_bpb moves with the seed alone."""
+    """How much the number moves with the seed alone."""
 
     sigma: float | None  # None: nothing was repeated yet
     df: int  # degrees of freedom: repeated runs minus groups
@@ -128,14 +128,14 @@ def measure_noise(groups: Sequence[Sequence[float]]) -> Noise:
 
 
 def repeated(trials: Sequence[Trial]) -> list[list[float]]:
-    """Groups of val_bpb that differ only in their seed: the baseline's and each kept trial's, with
+    """Groups of scores that differ only in their seed: the baseline's and each kept trial's, with
     what they ran for their children. A discarded trial may scatter for reasons of its own."""
     groups: dict[int, list[Run]] = {t.number: list(t.runs) for t in trials if t.decision == "keep"}
     for trial in trials:
         if trial.parent in groups:
             before = [] if trial.drifted else groups[trial.parent]
             groups[trial.parent] = before + trial.parent_runs
-    numbers = [[run.val_bpb for run in runs if run.status == "ok"] for runs in groups.values()]
+    numbers = [[run.score for run in runs if run.status == "ok"] for runs in groups.values()]
     return [group for group in numbers if len(group) > 1]
 
 
@@ -212,7 +212,7 @@ def set_bar(
 def pair(parent_runs: dict[int, Run], runs: Sequence[Run]) -> list[float]:
     """The differences, in the order of `runs`, on the seeds on which both are ok."""
     return [
-        parent_runs[run.seed].val_bpb - run.val_bpb
+        parent_runs[run.seed].score - run.score
         for run in runs
         if run.status == "ok" and run.seed in parent_runs and parent_runs[run.seed].status == "ok"
     ]

@@ -37,14 +37,28 @@ class Proposal:
         return "code" if self.edits else "config" if self.overrides else "baseline"
 
 
+class Scored:
+    """What has a number: `val_bpb` or `chat_bpb`, the one by which its study judges."""
+
+    @property
+    def target(self) -> str:
+        """The number's name; a trial without a number has val_bpb's."""
+        return "val_bpb" if self.chat_bpb is None else "chat_bpb"
+
+    @property
+    def score(self) -> float | None:
+        return getattr(self, self.target)
+
+
 @dataclass(kw_only=True)
-class Run:
+class Run(Scored):
     """One seed of a trial: the numbers of its result.json that the journal keeps."""
 
     seed: int
     status: str
     message: str | None = None
     val_bpb: float | None = None
+    chat_bpb: float | None = None
     steps: int | None = None
     tokens: int | None = None
     train_s: float | None = None
@@ -60,7 +74,7 @@ class Run:
 
 
 @dataclass(kw_only=True)
-class Trial:
+class Trial(Scored):
     """One proposal, run and judged."""
 
     number: int
@@ -70,6 +84,7 @@ class Trial:
     decision: str  # what we did: keep | discard
     reason: str  # in words, with the numbers
     val_bpb: float | None = None  # mean over the seeds that ran
+    chat_bpb: float | None = None  # likewise; a study has one of the two
     gain: float | None = None  # mean of `differences`; > 0 is better
     estimate: float | None = None  # the gain that is left after shrinkage (decide.py)
     low: float | None = None  # the estimate's 95 % interval
@@ -78,7 +93,7 @@ class Trial:
     differences: list[float] = field(default_factory=list)  # parent minus ours, a seed each
     runs: list[Run] = field(default_factory=list)
     parent_runs: list[Run] = field(default_factory=list)  # of the parent, made for this trial
-    drift: float | None = None  # val_bpb of the parent made again, minus what it was
+    drift: float | None = None  # the parent's number made again, minus what it was
     drifted: bool = False  # by too much: the parent's earlier runs no longer compare
     commit: str | None = None  # the code and config that ran
     digest: str | None = None  # of resolved config and editable code

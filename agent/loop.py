@@ -19,11 +19,20 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from agent import workspace
+from agent.base import ensure_base, for_runs
 from agent.journal import Proposal, Trial, proposal_from_json
 from agent.proposers import Context, mixed
-from agent.seeds import BaselineFailed, on_this_machine, run_seeds
+from agent.seeds import on_this_machine, run_seeds
 from agent.settings import StudyError, read_plan
-from agent.study import BASE_FOLDER, Study, marks_of, open_study, settle, stop_on_signals
+from agent.study import (
+    BASE_FOLDER,
+    BaselineFailed,
+    Study,
+    marks_of,
+    open_study,
+    settle,
+    stop_on_signals,
+)
 from agent.trial import Bench, Interrupted
 from agent.warm import StartError
 from nightshift.fixed.config import ROOT, ConfigError
@@ -72,6 +81,7 @@ def main(argv: list[str] | None = None, repo: Path = ROOT) -> int:
 
 
 def run_study(study: Study) -> None:
+    ensure_base(study)
     settle(study)
     while len(study.journal) <= study.plan.study.trials:
         study.stop.check()
@@ -134,6 +144,7 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
         space=study.plan.space,
         sources=study.plan.study.sources,
         read=read,
+        target=study.plan.study.judged_by,
         note=study.note,
     )
     proposal = mixed.propose(context)
@@ -149,7 +160,7 @@ def apply(study: Study, trial: Trial, tree: Path, folder: Path, commit: str):
         trial.digest = workspace.state_digest(tree, config)
     else:
         title = f"trial {trial.number:03d}: {trial.proposal.title}"
-        applied = workspace.apply(tree, trial.proposal, title)
+        applied = workspace.apply(tree, trial.proposal, title, study.plan.study.judged_by)
         config, trial.commit, trial.digest = applied.config, applied.commit, applied.digest
         trial.lines_added, trial.lines_removed = applied.lines_added, applied.lines_removed
         (folder / "diff.patch").write_text(applied.diff, "utf-8", "surrogateescape")
@@ -164,19 +175,19 @@ def apply(study: Study, trial: Trial, tree: Path, folder: Path, commit: str):
     config = on_this_machine(study, config)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(config.model_dump()), folder / "config.yaml")
-    return config
+    return for_runs(study, config)
 
 
 def bench(study: Study, trial: Trial, tree: Path, folder: Path, config) -> Bench:
     """The baseline builds the common data; a trial reads them and writes to its own place."""
-    shared = (study.repo / config.runtime.cache_dir).resolve()
+    shared, target = (study.repo / config.runtime.cache_dir).resolve(), study.plan.study.judged_by
     return Bench(
         marks=marks_of(study.folder, trial.number),
         study_folder=study.folder,
         folder=folder,
         tree=tree,
         base=study.folder / BASE_FOLDER,
-        code=workspace.code_of(tree, study.settings["first_commit"]),
+        code=workspace.code_of(tree, study.settings["first_commit"], target),
         baseline_work=baseline_work(study) if trial.parent is not None else None,
         config=config,
         own_cache=shared if trial.parent is None else folder / "cache",
@@ -184,6 +195,8 @@ def bench(study: Study, trial: Trial, tree: Path, folder: Path, config) -> Bench
         starter=study.starter,
         stop=study.stop,
         show=study.view.show,
+        target=target,
+        base_sha256=study.base and study.base.sha256,
     )
 
 

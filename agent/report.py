@@ -11,6 +11,7 @@ from typing import Any
 
 from agent.decide import measure_noise, spent
 from agent.journal import Journal, Trial
+from agent.target import TARGETS, VAL, Target
 from agent.tracking import Mirror, number, read_identity, read_settings
 from nightshift.fixed.config import ROOT, ConfigError, Tracking, nearest
 from nightshift.fixed.tracking import load_tracking, open_store
@@ -24,7 +25,8 @@ SUMMARY_FILE = "summary.md"
 KEPT, DISCARDED, FAILED, BAND = "#0072B2", "#999999", "#D55E00", "#56B4E9"
 LABEL_CHARS = 28
 
-# autoresearch's columns, in its order, then ours. Its `status` is keep, discard or crash.
+# autoresearch's columns, in its order, then ours. Its `status` is keep, discard or crash. A study
+# of chat_bpb has that in place of val_bpb.
 COLUMNS = (
     "commit", "val_bpb", "memory_gb", "status", "description",
     "trial", "decision", "run_status", "gain", "parent", "source", "change", "seeds", "steps",
@@ -91,16 +93,24 @@ def write_report(study_folder: Path, journal: Journal, settings: dict[str, Any])
     if not journal.trials:
         raise ConfigError(f"{journal.path}: no trial yet; the report needs at least the baseline")
     name = settings.get("name") or Path(study_folder).name
-    draw_progress(journal, settings.get("sigma"), name, [folder / file for file in CHART_FILES])
-    (folder / TABLE_FILE).write_text(results_tsv(journal), encoding="utf-8")
+    target, paths = target_of(settings), [folder / file for file in CHART_FILES]
+    draw_progress(journal, settings.get("sigma"), name, paths, target)
+    (folder / TABLE_FILE).write_text(results_tsv(journal, target), encoding="utf-8")
     (folder / SUMMARY_FILE).write_text(summary(journal, settings, name), encoding="utf-8")
     return folder
+
+
+def target_of(settings: dict[str, Any]) -> Target:
+    """What the study was judged by; older ones had no choice."""
+    return TARGETS[settings.get("study", {}).get("target", VAL.name)]
 
 
 # -- chart ---------------------------------------------------------------------------------------
 
 
-def draw_progress(journal: Journal, sigma: float | None, name: str, paths: list[Path]) -> None:
+def draw_progress(
+    journal: Journal, sigma: float | None, name: str, paths: list[Path], target: Target = VAL
+) -> None:
     """Every trial by number; the kept ones joined, two sigma of noise around the incumbent."""
     import matplotlib
 
@@ -117,7 +127,7 @@ def draw_progress(journal: Journal, sigma: float | None, name: str, paths: list[
     _draw_discarded(axes, trials, ceiling)
     _draw_failed(axes, trials)
     axes.set_xlabel("trial")
-    axes.set_ylabel("val_bpb (bits per byte, lower is better)")
+    axes.set_ylabel(f"{target.name} (bits per byte, lower is better)")
     axes.set_title(_headline(journal, name), loc="left", fontsize=11)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -131,15 +141,15 @@ def draw_progress(journal: Journal, sigma: float | None, name: str, paths: list[
 
 def _limits(trials: list[Trial], kept: list[Trial], sigma: float | None) -> tuple[float, float]:
     """Room for the lineage and its labels; trials far above it are drawn at the top edge."""
-    numbers = [t.val_bpb for t in trials if t.val_bpb is not None] or [0.0, 1.0]
-    low, baseline = min(numbers), kept[0].val_bpb if kept else max(numbers)
+    numbers = [t.score for t in trials if t.score is not None] or [0.0, 1.0]
+    low, baseline = min(numbers), kept[0].score if kept else max(numbers)
     span = max(baseline - low, 6 * (sigma or 0), 1e-3)
     return low - 0.15 * span, baseline + 0.75 * span
 
 
 def _draw_incumbent(axes, kept: list[Trial], num_trials: int, sigma: float | None) -> None:
     x = [t.number for t in kept] + [num_trials - 0.4]
-    y = [t.val_bpb for t in kept] + [kept[-1].val_bpb]
+    y = [t.score for t in kept] + [kept[-1].score]
     if sigma:
         low, high = [v - 2 * sigma for v in y], [v + 2 * sigma for v in y]
         axes.fill_between(
@@ -157,7 +167,7 @@ def _draw_incumbent(axes, kept: list[Trial], num_trials: int, sigma: float | Non
     for trial in kept:
         axes.annotate(
             _short(trial.proposal.title),
-            (trial.number, trial.val_bpb),
+            (trial.number, trial.score),
             rotation=28,
             xytext=(5, 6),
             textcoords="offset points",
@@ -167,12 +177,12 @@ def _draw_incumbent(axes, kept: list[Trial], num_trials: int, sigma: float | Non
 
 
 def _draw_discarded(axes, trials: list[Trial], ceiling: float) -> None:
-    seen = [t for t in trials if t.val_bpb is not None and t.decision == "discard"]
-    inside = [t for t in seen if t.val_bpb <= ceiling]
-    beyond = [t for t in seen if t.val_bpb > ceiling]
+    seen = [t for t in trials if t.score is not None and t.decision == "discard"]
+    inside = [t for t in seen if t.score <= ceiling]
+    beyond = [t for t in seen if t.score > ceiling]
     axes.plot(
         [t.number for t in inside],
-        [t.val_bpb for t in inside],
+        [t.score for t in inside],
         "o",
         color=DISCARDED,
         markersize=5,
@@ -223,7 +233,7 @@ def _headline(journal: Journal, name: str) -> str:
     counts = f"{len(journal)} trials, {len(kept)} kept"
     if not kept:
         return f"{name}: {counts}"
-    return f"{name}: {kept[0].val_bpb:.4f} -> {kept[-1].val_bpb:.4f} bits per byte, {counts}"
+    return f"{name}: {kept[0].score:.4f} -> {kept[-1].score:.4f} bits per byte, {counts}"
 
 
 def _short(title: str) -> str:
@@ -233,12 +243,13 @@ def _short(title: str) -> str:
 # -- table ---------------------------------------------------------------------------------------
 
 
-def results_tsv(journal: Journal) -> str:
+def results_tsv(journal: Journal, target: Target = VAL) -> str:
     """One line a trial; a missing number is empty, never 0."""
-    lines = ["\t".join(COLUMNS)]
+    columns = [target.name if name == "val_bpb" else name for name in COLUMNS]
+    lines = ["\t".join(columns)]
     for trial in journal.trials:
-        row = _row(trial)
-        lines.append("\t".join(_cell(row[name]) for name in COLUMNS))
+        row = _row(trial) | {target.name: trial.score}
+        lines.append("\t".join(_cell(row[name]) for name in columns))
     return "\n".join(lines) + "\n"
 
 
@@ -250,7 +261,6 @@ def _row(trial: Trial) -> dict[str, Any]:
     }
     return row | {
         "commit": (trial.commit or "")[:7],
-        "val_bpb": trial.val_bpb,
         "memory_gb": first.peak_memory_gb if first else None,
         "status": trial.decision if trial.status == "ok" else "crash",
         "description": trial.proposal.title,
@@ -287,7 +297,7 @@ def _cell(value: Any) -> str:
 
 
 def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
-    kept = journal.lineage
+    kept, target = journal.lineage, target_of(settings)
     parts = [
         f"# Study {name}",
         _opening(journal, settings.get("sigma")),
@@ -295,13 +305,13 @@ def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
         "![progress](progress.png)",
     ]
     if kept:
-        columns = ("trial", "val_bpb", "gain", "estimate", "seeds", "what", "hypothesis")
+        columns = ("trial", target.name, "gain", "estimate", "seeds", "what", "hypothesis")
         parts += ["## Kept", _table(kept, columns)]
     if shorter := [t for t in kept if t.lines_removed > t.lines_added]:
         parts += ["## What was deleted", "\n".join(map(_deletion, shorter))]
     parts += [
         "## All trials",
-        _table(journal.trials, ("trial", "val_bpb", "gain", "decision", "what", "reason")),
+        _table(journal.trials, ("trial", target.name, "gain", "decision", "what", "reason")),
     ]
     failed = [trial for trial in journal.trials if trial.status != "ok"]
     if failed:
@@ -316,7 +326,7 @@ def _opening(journal: Journal, sigma: float | None) -> str:
     noise = "" if sigma is None else f" Noise of one seed: sigma {sigma:.4f}."
     if not kept:
         return counts + noise
-    baseline, best = kept[0].val_bpb, kept[-1].val_bpb
+    baseline, best = kept[0].score, kept[-1].score
     return (
         f"Baseline {baseline:.4f} -> best {best:.4f} bits per byte: "
         f"gain {baseline - best:+.4f} ({(baseline - best) / baseline:+.1%}). {counts}{noise}"
@@ -360,7 +370,7 @@ def _table(trials: list[Trial], columns: tuple[str, ...]) -> str:
     for trial in trials:
         cells = {
             "trial": number(trial),
-            "val_bpb": trial.status if trial.val_bpb is None else f"{trial.val_bpb:.4f}",
+            columns[1]: trial.status if trial.score is None else f"{trial.score:.4f}",
             "gain": "" if trial.gain is None else f"{trial.gain:+.4f}",
             "estimate": _interval(trial),
             "seeds": str(len(trial.runs)),
@@ -381,7 +391,7 @@ def _failure(trial: Trial) -> str:
 
 def _reproduce(settings: dict[str, Any], name: str, kept: list[Trial]) -> str:
     branch = settings.get("branch") or f"study/{name}"
-    lines = ["```", f"git checkout {branch} && dvc repro evaluate", "```"]
+    lines = ["```", f"git checkout {branch} && dvc repro {target_of(settings).stage}", "```"]
     if base := settings.get("base_commit"):
         lines += ["", f"Against the baseline: `git diff {base[:7]} {branch}`."]
     if kept:

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 
 from agent import workspace
+from agent.base import for_runs
 from agent.decide import (
     Bar,
     Decision,
@@ -21,15 +22,10 @@ from agent.decide import (
     pair,
 )
 from agent.journal import Run, Trial
-from agent.settings import StudyError
-from agent.study import Study
+from agent.study import BaselineFailed, Study
 from agent.trial import PREPARE_LIMIT_S, Bench, data_digest
 from nightshift.fixed.config import Config
 from nightshift.fixed.result import CHECKPOINT_FOLDER
-
-
-class BaselineFailed(StudyError):
-    """There is nothing to compare with."""
 
 
 def run_seeds(study: Study, trial: Trial, parent: Trial | None, on: Bench) -> None:
@@ -94,11 +90,11 @@ def check_drift(study: Study, trial: Trial, parent: Trial, on: Bench) -> None:
     now = run_parent(study, parent, seed, on)
     trial.parent_runs.append(now)
     if now.status == "ok":
-        trial.drift = round(now.val_bpb - then.val_bpb, 6)
+        trial.drift = round(now.score - then.score, 6)
         trial.drifted = has_drifted(trial.drift, bar_of(study, trial))
     if trial.drifted:
         study.view.note(
-            f"trial {trial.number}: the incumbent's val_bpb on seed {seed} moved by "
+            f"trial {trial.number}: the incumbent's {now.target} on seed {seed} moved by "
             f"{trial.drift:+.4f} since it was measured; its old numbers no longer compare, so it "
             "runs each seed again"
         )
@@ -110,12 +106,12 @@ def run_parent(study: Study, parent: Trial, seed: int, on: Bench) -> Run:
     folder = on.folder / "parent"
     study.view.show(f"parent on seed {seed}")
     with workspace.worktree(study.repo, folder / "worktree", parent.commit) as tree:
-        config = on_this_machine(study, workspace.resolve(tree))
+        config = for_runs(study, on_this_machine(study, workspace.resolve(tree)))
         place = replace(
             on,
             folder=folder,
             tree=tree,
-            code=workspace.code_of(tree, study.settings["first_commit"]),
+            code=workspace.code_of(tree, study.settings["first_commit"], on.target),
             config=config,
             own_cache=folder / "cache",
         )
@@ -140,10 +136,11 @@ def on_this_machine(study: Study, config: Config) -> Config:
 
 def judge(study: Study, trial: Trial, parent: Trial | None) -> None:
     """Fill in decision, reason and numbers. Raises BaselineFailed."""
-    common = study.plan.study.baseline_seeds  # so that val_bpb compares along the lineage
-    numbers = [run.val_bpb for run in trial.runs if run.status == "ok" and run.seed in common]
+    common = study.plan.study.baseline_seeds  # so that trials compare along the lineage
+    numbers = [run.score for run in trial.runs if run.status == "ok" and run.seed in common]
     if numbers and trial.status == "ok":
-        trial.val_bpb = round(sum(numbers) / len(numbers), 6)  # as result.json and MLflow have it
+        mean = round(sum(numbers) / len(numbers), 6)  # as result.json and MLflow have it
+        setattr(trial, study.plan.study.target, mean)
     trial.data_digest = data_digest(study.folder, trial.runs[0]) if trial.runs else None
     if parent is None:
         if trial.status != "ok":

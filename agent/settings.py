@@ -7,13 +7,13 @@ here; the rest is the pipeline's configuration, which fixed/config.py checks as 
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from agent.proposers import mixed, recipes
+from agent.target import TARGETS, Target
 from nightshift.fixed.config import (
-    EDITABLE_GROUPS,
     Config,
     ConfigError,
     Group,
@@ -66,6 +66,7 @@ class StudySettings(Group):
     """How the pipeline is searched (conf/study.yaml)."""
 
     name: str
+    target: Literal["val_bpb", "chat_bpb"]
     trials: int = Field(ge=0)
     seed: int = Field(ge=0)
     baseline_seeds: list[int]
@@ -108,6 +109,10 @@ class StudySettings(Group):
                 f"({len(self.baseline_seeds)}) to 100. Try: study.max_seeds=12"
             )
         return self
+
+    @property
+    def judged_by(self) -> Target:
+        return TARGETS[self.target]
 
     @property
     def seeds(self) -> list[int]:
@@ -155,7 +160,7 @@ class Plan:
 def read_plan(conf: Path, overrides: list[str]) -> Plan:
     """Raises ConfigError with a line for each mistake in any of the three parts."""
     try:
-        values = compose(conf, "study", overrides)
+        values = compose_study(conf, overrides)
     except ConfigError as error:
         raise ConfigError(_about_study(str(error))) from None
     part = {key: values.pop(key) for key in ("study", "space") if key in values}
@@ -168,13 +173,27 @@ def read_plan(conf: Path, overrides: list[str]) -> Plan:
         mistakes.append(str(error))
     try:
         study = check(part, _StudyPart)
-        mistakes += _mistakes_in_space(study.space)
-        recipes.read_recipes()
+        mistakes += _mistakes_in_space(study.space, study.study.judged_by)
+        recipes.read_recipes(recipes.folder_of(study.study.judged_by))
     except ConfigError as error:
         mistakes.append(str(error))
+    if config and study and config.base and study.study.target == "val_bpb":
+        mistakes.append(
+            f"base ({config.base}): a study of val_bpb trains from nothing. Give "
+            "study.target=chat_bpb, or leave base out."
+        )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
     return Plan(study=study.study, space=study.space, config=config)
+
+
+def compose_study(conf: Path, overrides: list[str]) -> dict[str, Any]:
+    """conf/study.yaml composed; what is usual for its target holds where nothing else is given."""
+    values = compose(conf, "study", overrides)
+    given = {override.lstrip("+~").split("=")[0] for override in overrides}
+    target = TARGETS.get(values["study"].get("target"))
+    usual = [one for one in (target.usual if target else ()) if one.split("=")[0] not in given]
+    return compose(conf, "study", [*usual, *overrides]) if usual else values
 
 
 def _about_study(message: str) -> str:
@@ -188,14 +207,14 @@ def _about_study(message: str) -> str:
     return f"{given}: there is no such key.{nearest(key, leaf_keys(_StudyPart))}"
 
 
-def _mistakes_in_space(space: dict[str, Bounds]) -> list[str]:
-    editable = [key for key in leaf_keys(Config) if key.split(".")[0] in EDITABLE_GROUPS]
+def _mistakes_in_space(space: dict[str, Bounds], target: Target) -> list[str]:
+    editable = [key for key in leaf_keys(Config) if key.split(".")[0] in target.groups]
     mistakes = []
     for key, bounds in space.items():
         if key in leaf_keys(Config) and key not in editable:
             mistakes.append(
                 f"space.{key}: not editable, so it cannot be searched. "
-                f"Editable: keys of {', '.join(EDITABLE_GROUPS)}."
+                f"Editable: keys of {', '.join(target.groups)}."
             )
         elif key not in editable:
             mistakes.append(f"space.{key}: there is no such key.{nearest(key, editable)}")
@@ -230,6 +249,7 @@ def _comparable(values: dict[str, Any]) -> dict[str, Any]:
     flat = flatten(values["config"])
     config = {k: v for k, v in flat.items() if k.split(".")[0] not in HARNESS_KEYS}
     study = {k: v for k, v in values["study"].items() if k not in MAY_CHANGE}
+    study.setdefault("target", "val_bpb")  # what studies had before there was a choice
     device = {key: flat[key] for key in ("runtime.device", "runtime.num_threads")}
     return config | device | flatten({"study": study, "space": values["space"]})
 

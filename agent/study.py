@@ -16,6 +16,7 @@ import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from agent import workspace
 from agent.decide import measure_noise, repeated
@@ -34,6 +35,10 @@ from nightshift.fixed.tracking import open_store
 BASE_FOLDER = "base"  # in the study's folder: a worktree of its first commit, the harness's code
 
 
+class BaselineFailed(StudyError):
+    """There is nothing to compare with."""
+
+
 @dataclass(kw_only=True)
 class Study:
     """Everything that one process knows of the study that it runs."""
@@ -47,6 +52,7 @@ class Study:
     stop: Stop
     view: View
     mirror: Mirror
+    base: Any = None  # agent.base.Base; of a study of chat_bpb
     told: set[str] = field(default_factory=set)
 
     @property
@@ -165,7 +171,7 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
             mirror = Mirror(store, name, folder)
             mirror.open_study(flat_settings(settings), settings["base_commit"])
             settings["sandbox"] = sandbox
-            view = View(journal, plan.study.trials)
+            view = View(journal, plan.study.trials, plan.study.judged_by)
             if sandbox["open"]:
                 view.note(
                     f"this machine's sandbox does not hold for: {', '.join(sandbox['open'])} "
@@ -205,7 +211,8 @@ def close_study(study: Study, status: str) -> None:
     study.mirror.close_study(status)
     if status == "FINISHED":
         where = Path(os.path.relpath(report))
-        print(summary(study.journal, study.folder, study.name, where), flush=True)
+        target = study.plan.study.judged_by
+        print(summary(study.journal, study.folder, study.name, where, target), flush=True)
 
 
 def flat_settings(settings: dict) -> dict:

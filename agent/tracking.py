@@ -33,7 +33,7 @@ IDENTITY_FILE = "tracking.json"  # in the study's folder: its id in MLflow, and 
 DIFF_FILE = "diff.patch"  # in trials/<NNN>/
 SETTINGS_FILE = "settings.json"  # name, sigma, base_commit, branch; written by the loop
 RUN_NUMBERS = ("steps", "tokens", "train_s", "tokens_per_s", "peak_memory_gb", "mfu", "num_params")
-DECISION_NUMBERS = ("val_bpb", "gain", "estimate", "low", "high", "evidence", "drift")
+DECISION_NUMBERS = ("val_bpb", "chat_bpb", "gain", "estimate", "low", "high", "evidence", "drift")
 SIGNS = {"keep": "+", "discard": "-"}
 
 
@@ -223,8 +223,9 @@ class Mirror:
         """The parent's curve over trials, and its note."""
         kept = [n for n, t in self.trials.items() if t.decision == "keep" and n <= trial.number]
         if kept:
-            best = self.trials[max(kept)].val_bpb
-            self.run.metrics({"best_val_bpb": best}, step=trial.number, at_ms=at_ms)
+            best = self.trials[max(kept)]
+            number = {f"best_{best.target}": best.score}
+            self.run.metrics(number, step=trial.number, at_ms=at_ms)
         self._summarize()
 
     def _summarize(self) -> None:
@@ -269,7 +270,7 @@ def trial_metrics(trial: Trial) -> dict[str, Any]:
     if trial.runs:
         first = trial.runs[0]
         metrics |= {name: getattr(first, name) for name in RUN_NUMBERS}
-    metrics |= {f"val_bpb_seed_{run.seed}": run.val_bpb for run in trial.runs}
+    metrics |= {f"{run.target}_seed_{run.seed}": run.score for run in trial.runs}
     return metrics | {
         "wall_s": trial.wall_s,
         "num_seeds": len(trial.runs),
@@ -280,7 +281,7 @@ def trial_metrics(trial: Trial) -> dict[str, Any]:
 def trial_note(trial: Trial) -> str:
     """Markdown; a plain sentence first, because the runs table shows its source."""
     verdict = {"keep": "Kept", "discard": "Discarded"}[trial.decision]
-    result = f"{trial.val_bpb:.4f}" if trial.val_bpb is not None else trial.status
+    result = trial.status if trial.score is None else f"{trial.target} {trial.score:.4f}"
     gain = "" if trial.gain is None else f" ({trial.gain:+.4f})"
     changes = [f"- `{key}={value}`" for key, value in trial.proposal.overrides.items()]
     changes += [
@@ -300,13 +301,14 @@ def study_note(name: str, trials: list[Trial], sigma: float | None) -> str:
     counts = f"{len(trials)} trials, {len(kept)} kept"
     lines = [f"Study {name}: {counts}."]
     if kept:
-        lines = [f"{kept[0].val_bpb:.4f} -> {kept[-1].val_bpb:.4f} bits per byte, {counts}."]
+        lines = [f"{kept[0].score:.4f} -> {kept[-1].score:.4f} bits per byte, {counts}."]
     if sigma is not None:
         lines += ["", f"Noise: one seed's sigma is {sigma:.4f}."]
-    lines += ["", "| trial | val_bpb | gain | what |", "|---|---|---|---|"]
+    name = kept[0].target if kept else "val_bpb"
+    lines += ["", f"| trial | {name} | gain | what |", "|---|---|---|---|"]
     for t in kept:
         gain = "" if t.gain is None else f"{t.gain:+.4f}"
-        lines.append(f"| {number(t)} | {t.val_bpb:.4f} | {gain} | {t.proposal.title} |")
+        lines.append(f"| {number(t)} | {t.score:.4f} | {gain} | {t.proposal.title} |")
     return "\n".join(lines)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from agent.journal import Run
+from agent.target import VAL, Target
 from agent.warm import MARK, Starter, kill_marked
 from agent.workspace import Code
 from nightshift.fixed.config import Config, check, config_digest
@@ -42,9 +43,7 @@ from nightshift.fixed.result import (
 )
 from nightshift.fixed.sandbox import ENVIRONMENT, missing
 
-PREPARE, TRAIN = "nightshift.fixed.prepare", "nightshift.fixed.train"
-EVALUATE, FETCH = "nightshift.fixed.evaluate", "nightshift.fixed.corpus"
-DOING = {PREPARE: "the preparation", TRAIN: "training", EVALUATE: "evaluation"}
+PREPARE = "nightshift.fixed.prepare"
 EVALUATE_LIMIT_S = 60.0  # on top of evaluate.limit_s, which the evaluation keeps itself
 # Times the baseline's cost of training over cost of scoring, for a token. The 130 honest changes of
 # tests/cheats reach 1.5 times; three passes over each batch cost 3.2 times (LOG 2026-11-24).
@@ -52,7 +51,7 @@ WORK_LIMIT = 2.0
 PREPARE_LIMIT_S = (
     24 * 3600.0
 )  # the baseline's preflight fetches the corpus and trains the tokenizer
-PREFLIGHT_BYTES = 5_000  # of val text
+PREFLIGHT_BYTES, PREFLIGHT_CHATS = 5_000, 20  # of val text, of val conversations
 POLL_S = 0.1
 MAX_LOG_BYTES = 4 << 20
 OUTSIDE_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM)
@@ -90,6 +89,8 @@ class Bench:
     starter: Starter
     stop: Stop
     show: Callable[[str], None]  # what is being done, for the live view
+    target: Target = VAL  # what the runs are judged by
+    base_sha256: str | None = None  # of the weights that config.base names
 
     def run(self, name: str, seed: int, limit_s: float, **changes: dict[str, Any]) -> Run:
         """Train and evaluate once in <trial>/<name>. `changes`: values of groups of the config."""
@@ -115,6 +116,7 @@ class Bench:
             limit_s,
             budget={"kind": "steps", "amount": float(num_steps)},
             evaluate={"max_bytes": PREFLIGHT_BYTES, "sample_prompts": []},
+            chat_evaluate={"max_conversations": PREFLIGHT_CHATS},
             runtime={"num_dev_points": 0},
         )
 
@@ -142,14 +144,16 @@ class Bench:
         self._write_config(folder, seed, {})
         self.show("preparing the data")
         fetched = self.own_cache != self.shared_cache or self._fetch(folder, limit_s)
-        return self._execute(PREPARE, folder, limit_s) if fetched else _crash("", folder, self.tree)
+        if not fetched:
+            return _crash("", folder, self.tree)
+        return self._execute(PREPARE, "the preparation", folder, limit_s)
 
     def _fetch(self, folder: Path, limit_s: float) -> bool:
         """The baseline fetches the corpus, with the user's environment: a hub may want a token. A
         process of its own, for no candidate may be forked from one that knows it."""
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "GIT_"))}
         environment |= self.marks | {"PYTHONPATH": str(self.base / "src")}
-        command = [sys.executable, "-m", FETCH, f"run={folder}"]
+        command = [sys.executable, "-m", self.target.fetch, f"run={folder}"]
         deadline = time.monotonic() + limit_s
         with open(folder / LOG_FILE, "ab") as log:
             process = subprocess.Popen(
@@ -173,7 +177,7 @@ class Bench:
     def _train(self, folder: Path, name: str, limit_s: float) -> Result | None:
         """What went wrong, or None: there is a checkpoint to evaluate."""
         self.show(f"{name}: training")
-        problem = self._execute(TRAIN, folder, limit_s)
+        problem = self._execute(self.target.train, "training", folder, limit_s)
         shutil.rmtree(folder / SCRATCH_FOLDER, ignore_errors=True)  # of one that was killed
         training = _read(read_training, folder / TRAINING_FILE)
         if training is not None and training.status != "ok":
@@ -187,11 +191,13 @@ class Bench:
     def _evaluate(self, folder: Path, name: str, config: Config) -> Result:
         self.show(f"{name}: evaluating")
         (folder / RESULT_FILE).unlink(missing_ok=True)  # half a run's
-        problem = self._execute(EVALUATE, folder, config.evaluate.limit_s + EVALUATE_LIMIT_S)
+        limit_s = config.evaluate.limit_s + EVALUATE_LIMIT_S
+        problem = self._execute(self.target.evaluate, "evaluation", folder, limit_s)
         result = _read(read_result, folder / RESULT_FILE)
         if result is None:
             return problem or _crash("evaluation", folder, self.tree)
-        return self._too_much_work(distrust(result, self.code, config), config)
+        result = distrust(result, self.code, config, self.target, self.base_sha256)
+        return self._too_much_work(result, config)
 
     def _too_much_work(self, result: Result, config: Config) -> Result:
         """Under a budget in tokens or steps: cost of training over cost of scoring, for a token."""
@@ -208,12 +214,12 @@ class Bench:
         )
         return Result(status="invalid", message=message, training=result.training)
 
-    def _execute(self, module: str, folder: Path, limit_s: float) -> Result | None:
+    def _execute(self, module: str, what: str, folder: Path, limit_s: float) -> Result | None:
         """Run a module to its end. Returns what went wrong, or None; its files say the rest.
 
         A process that somebody outside killed is started once more.
         """
-        what, args = DOING[module], [f"run={folder}", f"tree={self.tree}"]
+        args = [f"run={folder}", f"tree={self.tree}"]
         for _ in range(2):
             code = self._attempt(module, args, folder / LOG_FILE, limit_s)
             if code is None:
@@ -265,6 +271,7 @@ class Bench:
             status=result.status,
             message=result.message,
             val_bpb=result.val_bpb,
+            chat_bpb=result.chat_bpb,
             wall_s=round(wall_s, 3),
             folder=folder.relative_to(self.study_folder).as_posix(),
             work=work(result),
@@ -274,7 +281,13 @@ class Bench:
         )
 
 
-def distrust(result: Result, code: Code, config: Config) -> Result:
+def distrust(
+    result: Result,
+    code: Code,
+    config: Config,
+    target: Target = VAL,
+    base_sha256: str | None = None,
+) -> Result:
     """The result, or `invalid` if its binding is not that of what was started."""
     if result.status != "ok":
         return result
@@ -287,8 +300,11 @@ def distrust(result: Result, code: Code, config: Config) -> Result:
         "seed": config.seed,
         "budget": config.budget.model_dump(),
         "weights_sha256": training.weights_sha256 if training else None,
+        "base_sha256": base_sha256,
     }
     wrong = None
+    if getattr(result, target.name) is None:
+        wrong = f"it has no {target.name}"
     for key, expected in started.items():
         if bound.get(key) != expected:
             wrong = f"its {key} is {bound.get(key)!r}, {expected!r} was started"

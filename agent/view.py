@@ -17,17 +17,19 @@ from rich.table import Table
 from rich.text import Text
 
 from agent.journal import Journal, Trial
+from agent.target import VAL, Target
 from nightshift.fixed.config import flatten
 
-HEAD = f"{'trial':>5}  {'status':8} {'val_bpb':>9} {'gain':>8}  {'decision':8}  title"
+HEAD = "{:>5}  {:8} {:>9} {:>8}  {:8}  {}"
 MAX_ROWS = 30  # of the live table: the last ones
 
 
 class View:
     """Shows a study while it runs."""
 
-    def __init__(self, journal: Journal, num_trials: int):
+    def __init__(self, journal: Journal, num_trials: int, target: Target = VAL):
         self.journal, self.num_trials = journal, num_trials
+        self.columns = ("trial", "status", target.name, "gain", "decision", "title")
         self.started, self.doing = time.monotonic(), "starting"
         self.number, self.title, self.trial_started = len(journal), "", time.monotonic()
         self.live: Live | None = None
@@ -35,7 +37,7 @@ class View:
             self.live = Live(get_renderable=self._table, console=Console(), refresh_per_second=2)
             self.live.start()
         else:
-            print(HEAD, flush=True)
+            print(HEAD.format(*self.columns), flush=True)
             for trial in journal.trials:
                 print(trial_line(trial), flush=True)
 
@@ -61,8 +63,8 @@ class View:
 
     def _table(self) -> Group:
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for name in ("trial", "status", "val_bpb", "gain", "decision", "title"):
-            right = name in ("trial", "val_bpb", "gain")
+        for name in self.columns:
+            right = name not in ("status", "decision", "title")
             table.add_column(name, justify="right" if right else "left", no_wrap=name != "title")
         for trial in self.journal.trials[-MAX_ROWS:]:
             style = "green" if trial.decision == "keep" else "" if trial.status == "ok" else "red"
@@ -88,8 +90,7 @@ class View:
 
 
 def trial_line(trial: Trial) -> str:
-    number, status, val_bpb, gain, decision, title = _cells(trial)
-    return f"{number:>5}  {status:8} {val_bpb:>9} {gain:>8}  {decision:8}  {title}"
+    return HEAD.format(*_cells(trial))
 
 
 def _cells(trial: Trial) -> list[str]:
@@ -99,7 +100,7 @@ def _cells(trial: Trial) -> list[str]:
     return [
         str(trial.number),
         trial.status,
-        "-" if trial.val_bpb is None else f"{trial.val_bpb:.4f}",
+        "-" if trial.score is None else f"{trial.score:.4f}",
         "-" if trial.gain is None else f"{trial.gain:+.4f}",
         trial.decision,
         trial.proposal.title + (f" ({message})" if message else ""),
@@ -110,11 +111,14 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 
-def summary(journal: Journal, folder: Path, name: str, report: Path | None) -> str:
+def summary(
+    journal: Journal, folder: Path, name: str, report: Path | None, target: Target = VAL
+) -> str:
     """The block at the end: the best against the baseline, where to look, how to repeat it."""
     baseline, best = journal.trials[0], journal.incumbent
     kept = [trial for trial in journal.lineage if trial.number]
-    lines = ["---", f"{'val_bpb:':12} {best.val_bpb:.4f} (baseline {baseline.val_bpb:.4f})"]
+    numbers = f"{best.score:.4f} (baseline {baseline.score:.4f})"
+    lines = ["---", f"{target.name + ':':12} {numbers}"]
     lines.append(f"{'trials:':12} {len(journal) - 1}, {len(kept)} kept")
     what = [
         f"{key} {before} -> {after}"
@@ -126,7 +130,7 @@ def summary(journal: Journal, folder: Path, name: str, report: Path | None) -> s
     if report:
         lines.append(f"{'report:':12} {report}")
     lines.append(f"{'look:':12} nightshift ui")
-    lines.append(f"{'reproduce:':12} git checkout study/{name} && dvc repro evaluate")
+    lines.append(f"{'reproduce:':12} git checkout study/{name} && dvc repro {target.stage}")
     return "\n".join(lines)
 
 

@@ -28,8 +28,8 @@ from omegaconf import OmegaConf
 
 from agent.journal import Edit, Journal, Proposal
 from agent.settings import HARNESS_KEYS, StudyError, compose
+from agent.target import CHAT, VAL, Target
 from nightshift.fixed.config import (
-    EDITABLE_GROUPS,
     Config,
     ConfigError,
     check,
@@ -39,16 +39,11 @@ from nightshift.fixed.config import (
     nearest,
     unflatten,
 )
-from nightshift.fixed.result import EDITABLE_MODULES, digests_of_blobs
+from nightshift.fixed.result import digests_of_blobs
 
-CODE_FILES = tuple(f"src/nightshift/{name}.py" for name in EDITABLE_MODULES)
-CONF_FOLDERS = tuple(f"conf/{group}" for group in EDITABLE_GROUPS)
+CODE_FILES, CONF_FOLDERS = VAL.files, VAL.folders
 CHAMPION = "conf/trial/champion.yaml"
 RECORDS = ("params.yaml", "dvc.lock", "champion")  # what a kept trial's second commit carries
-EDITABLE = (
-    "src/nightshift/{model,optim,schedule,training,filtering}.py, "
-    "conf/{filter,tokenizer,model,optim,schedule,train}/*.yaml"
-)
 # conf/ holds plain values: nothing that reaches into other groups, names a class or is computed
 NOT_A_VALUE = re.compile(r"\$\{|@package|_target_|^\s*defaults\s*:", re.MULTILINE)
 
@@ -291,17 +286,17 @@ def run_module(tree: Path, marks: dict[str, str], module: str, *args: str) -> No
 # ---- a proposal in its worktree ----
 
 
-def apply(tree: Path, proposal: Proposal, title: str) -> Applied:
+def apply(tree: Path, proposal: Proposal, title: str, target: Target = VAL) -> Applied:
     """Apply overrides and edits to the incumbent in `tree`, and commit. Raises Refused."""
     parent, before = git(tree, "rev-parse", "HEAD"), resolve(tree)
-    _apply_overrides(tree, proposal.overrides, before)
+    _apply_overrides(tree, proposal.overrides, before, target)
     for number, edit in enumerate(proposal.edits, 1):
-        _apply_edit(tree, edit, f"edit {number} of {len(proposal.edits)}")
+        _apply_edit(tree, edit, f"edit {number} of {len(proposal.edits)}", target)
     for path in sorted({edit.path for edit in proposal.edits if edit.path.endswith(".py")}):
         _must_parse(tree, path)
         _must_not_seed(tree, path)
         _must_not_carry_data(tree, path)
-    config = _resolve_editable(tree, proposal.overrides, before)
+    config = _resolve_editable(tree, proposal.overrides, before, target)
     paths = sorted({CHAMPION, *(edit.path for edit in proposal.edits)})
     commit = _commit(tree, f"{title}\n\n{proposal.hypothesis}", paths)
     _must_touch_only(tree, parent, commit, paths)
@@ -329,25 +324,26 @@ class Code(NamedTuple):
     editable: str
 
 
-def code_of(tree: Path, fixed_at: str) -> Code:
+def code_of(tree: Path, fixed_at: str, target: Target = VAL) -> Code:
     """Raises Refused.
 
     Fixed as of `fixed_at`, the study's first commit, which the tree's commit must agree with.
     """
-    fixed, _ = _digests_at(tree, fixed_at)
-    mine, editable = _digests_at(tree, "HEAD")
+    fixed, _ = _digests_at(tree, fixed_at, target)
+    mine, editable = _digests_at(tree, "HEAD", target)
     if mine != fixed:
         raise Refused(
             f"files below src/ that are not editable differ from the study's base commit "
-            f"{fixed_at[:12]}. Editable: {EDITABLE}."
+            f"{fixed_at[:12]}. Editable: {target.editable}."
         )
     return Code(git(tree, "rev-parse", "HEAD"), fixed, editable)
 
 
-def _digests_at(tree: Path, commit: str) -> tuple[str, str]:
+def _digests_at(tree: Path, commit: str, target: Target) -> tuple[str, str]:
     lines = git(tree, "ls-tree", "-r", "-z", commit, "--", "src").split("\0")
     entries = [line.split("\t", 1) for line in lines if line.endswith(".py")]
-    return digests_of_blobs({path: facts.split()[2] for facts, path in sorted(entries, key=_path)})
+    blobs = {path: facts.split()[2] for facts, path in sorted(entries, key=_path)}
+    return digests_of_blobs(blobs, target.modules)
 
 
 def _path(entry: list[str]) -> str:
@@ -357,29 +353,29 @@ def _path(entry: list[str]) -> str:
 def state_digest(tree: Path, config: Config) -> str:
     """Names what a trial computes: resolved config and editable code, comments left out."""
     code = {}
-    for path in CODE_FILES:
+    for path in (*VAL.files, *CHAT.files):
         if (tree / path).exists():
             code[path] = ast.dump(ast.parse((tree / path).read_text(encoding="utf-8")))
     return digest([config_digest(config), code])
 
 
-def _apply_overrides(tree: Path, overrides: dict[str, Any], before: Config) -> None:
+def _apply_overrides(tree: Path, overrides: dict[str, Any], before: Config, target: Target) -> None:
     keys = flatten(before.model_dump())
-    editable = [key for key in keys if key.split(".")[0] in EDITABLE_GROUPS]
+    editable = [key for key in keys if key.split(".")[0] in target.groups]
     for key in overrides:
         if key in editable:
             continue
         if key in keys:
             raise Refused(
-                f"override {key}: not editable. Editable: the keys of {', '.join(EDITABLE_GROUPS)}."
+                f"override {key}: not editable. Editable: the keys of {', '.join(target.groups)}."
             )
         raise Refused(f"override {key}: there is no such key.{nearest(key, editable)}")
     if overrides:
         merge_into_champion(tree / CHAMPION, overrides)
 
 
-def _apply_edit(tree: Path, edit: Edit, which: str) -> None:
-    path = _editable_path(tree, edit.path, which)
+def _apply_edit(tree: Path, edit: Edit, which: str, target: Target) -> None:
+    path = _editable_path(tree, edit.path, which, target)
     text = path.read_bytes().decode("utf-8")
     count = text.count(edit.search) if edit.search else 0
     if count != 1:
@@ -395,14 +391,14 @@ def _apply_edit(tree: Path, edit: Edit, which: str) -> None:
     path.write_bytes(text.replace(edit.search, edit.replace).encode("utf-8"))
 
 
-def _editable_path(tree: Path, name: str, which: str) -> Path:
-    plain = PurePosixPath(name)
-    in_conf = str(plain.parent) in CONF_FOLDERS and plain.suffix == ".yaml"
-    if str(plain) != name or not (name in CODE_FILES or in_conf):
-        raise Refused(f"{which}: {name} is not editable. Editable: {EDITABLE}.")
+def _editable_path(tree: Path, name: str, which: str, target: Target) -> Path:
+    plain, allowed = PurePosixPath(name), f"Editable: {target.editable}."
+    in_conf = str(plain.parent) in target.folders and plain.suffix == ".yaml"
+    if str(plain) != name or not (name in target.files or in_conf):
+        raise Refused(f"{which}: {name} is not editable. {allowed}")
     path = tree / name
     if path.resolve() != tree.resolve() / name:
-        raise Refused(f"{which}: {name} is a symbolic link, so not editable. Editable: {EDITABLE}.")
+        raise Refused(f"{which}: {name} is a symbolic link, so not editable. {allowed}")
     if not path.is_file():
         there = [p.relative_to(tree).as_posix() for p in path.parent.glob(f"*{plain.suffix}")]
         raise Refused(f"{which}: there is no file {name}.{nearest(name, there)}")
@@ -468,17 +464,19 @@ def _must_not_carry_data(tree: Path, path: str) -> None:
             )
 
 
-def _resolve_editable(tree: Path, overrides: dict[str, Any], before: Config) -> Config:
+def _resolve_editable(
+    tree: Path, overrides: dict[str, Any], before: Config, target: Target
+) -> Config:
     try:
         after = resolve(tree)
     except ConfigError as error:
         raise Refused("; ".join(str(error).splitlines())) from None
     old, new = flatten(before.model_dump()), flatten(after.model_dump())
     for key in sorted(old.keys() | new.keys()):
-        if key.split(".")[0] not in EDITABLE_GROUPS and old.get(key) != new.get(key):
+        if key.split(".")[0] not in target.groups and old.get(key) != new.get(key):
             raise Refused(
                 f"{key} ({old.get(key)!r}) would become {new.get(key)!r}: it is fixed in a study. "
-                f"Editable: the keys of {', '.join(EDITABLE_GROUPS)}."
+                f"Editable: the keys of {', '.join(target.groups)}."
             )
     for key, value in overrides.items():
         if new[key] != value:

@@ -3,10 +3,14 @@
 import json
 from pathlib import Path
 
+import torch
 from tiny import config, write_texts
 
 from nightshift import pretrain
+from nightshift.fixed import checkpoint
+from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
 from nightshift.fixed.tracking import open_store
+from nightshift.model import GPT
 
 CHAT = {
     "conversations.source": "folder", "conversations.files": "**/*", "conversations.tasks": {
@@ -53,4 +57,14 @@ def base_run(tmp_path: Path) -> Path:
     cfg = chat_config(tmp_path)
     training = pretrain.train(cfg, tmp_path / "base", open_store(cfg.tracking).start("b", "sft"))
     assert training.status == "ok"
+    return tmp_path / "base"
+
+
+def untrained_base(tmp_path: Path) -> Path:
+    """The folder of a run that looks like pretraining's, with weights as they were initialised."""
+    cfg = chat_config(tmp_path)
+    tokenizer = Tokenizer.load(ensure_tokenizer(cfg))
+    torch.manual_seed(0)
+    model = GPT(cfg.model, tokenizer.vocab_size)
+    checkpoint.save(tmp_path / "base" / "checkpoint", model, cfg, tokenizer)
     return tmp_path / "base"

@@ -12,9 +12,10 @@ import time
 import pytest
 import tiny_checkpoint
 
-from nightshift import chat, conversation
+from nightshift import chat
 from nightshift.catalogue import Entry
 from nightshift.chat import Chat, talk
+from nightshift.fixed import conversation
 from nightshift.fixed.config import ROOT
 from nightshift.generate import Sampling
 

@@ -10,8 +10,9 @@ import torch
 from chat_tiny import base_run, chat_config
 from tiny import model_config
 
-from nightshift import chat_evaluate, conversation
+from nightshift import chat_evaluate
 from nightshift.chat_evaluate import Scored, likelihood, nats_of, plain, wilson, windows
+from nightshift.fixed import conversation
 from nightshift.fixed.tasks import Chat, question
 from nightshift.fixed.tokenizer import Tokenizer
 from nightshift.generate import Engine

@@ -15,8 +15,7 @@ import pytest
 from chat_tiny import chat_config, write_chats
 from test_corpus import Hub
 
-from nightshift import conversation
-from nightshift.fixed import chat_sources, chats, store, tasks
+from nightshift.fixed import chat_sources, chats, conversation, store, tasks
 from nightshift.fixed.chat_sources import messages_of
 from nightshift.fixed.config import ConfigError
 from nightshift.fixed.tasks import Chat

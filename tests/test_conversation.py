@@ -1,7 +1,7 @@
 import pytest
 
-from nightshift.conversation import ConversationError, end_of_turn, prompt, render
 from nightshift.fixed import tokenizer as tok
+from nightshift.fixed.conversation import ConversationError, end_of_turn, prompt, render
 
 TEXTS = ["The night sees the model. User and assistant talk.\n" * 20]
 

@@ -11,8 +11,8 @@ import pytest
 import tiny_checkpoint
 import torch
 
-from nightshift import conversation, export
-from nightshift.fixed import checkpoint
+from nightshift import export
+from nightshift.fixed import checkpoint, conversation
 from nightshift.fixed.config import ROOT, ConfigError, Model
 from nightshift.fixed.tokenizer import Tokenizer
 

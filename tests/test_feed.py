@@ -36,7 +36,8 @@ class Pair:
         self.local = LocalFeed(cfg)
         ours, self.theirs = socket.socketpair()
         self.taken = []
-        self.feeder = Feeder(ours, cfg, self.local.tokens, lambda: self.taken.append(1))
+        batches = splits(cfg, self.local.tokens)
+        self.feeder = Feeder(ours, cfg, batches, lambda: self.taken.append(1))
         self.remote = RemoteFeed(self.theirs, cfg, self.local.tokenizer, "digest")
         self.broken, self.child = None, Still()
         self.thread = threading.Thread(target=self.serve)
@@ -216,6 +217,6 @@ def test_both_ends_agree_on_the_shape_of_a_window(tmp_path):
     cfg = config(tmp_path)
     train, _ = splits(cfg, LocalFeed(cfg).tokens)
     inputs, targets = train.batch(0)
-    windows = np.frombuffer(feeds._packed(inputs, targets), "<u2").reshape(len(inputs), -1)
+    windows = np.frombuffer(Feeder.packed(inputs, targets), "<u2").reshape(len(inputs), -1)
     assert np.array_equal(windows[:, :-1], inputs.numpy())
     assert np.array_equal(windows[:, 1:], targets.numpy())

@@ -89,7 +89,7 @@ def test_a_long_text_is_scored_whole_each_token_once(lm):
 
 
 def test_a_chat_is_asked_in_our_chat_format(folder):
-    from nightshift import conversation
+    from nightshift.fixed import conversation
     from nightshift.harness import NightshiftLM
 
     model, tokenizer, _ = checkpoint.load(folder)

@@ -19,6 +19,8 @@ ALLOWED = {
     "schedule": {"nightshift.fixed"},
     "filtering": {"nightshift.fixed"},
     "training": {"nightshift.fixed", *(f"nightshift.{m}" for m in EDITABLE)},
+    "lora": set(),
+    "tuning": {"nightshift.fixed", *(f"nightshift.{m}" for m in (*EDITABLE, "training", "lora"))},
 }
 # The arrows that point up, each inside a function: the candidate's model, filter and training.
 EXCEPTIONS = {
@@ -26,6 +28,7 @@ EXCEPTIONS = {
     ("logits", "nightshift.model"),
     ("batches", "nightshift.filtering"),
     ("candidate", "nightshift.pretrain"),
+    ("candidate", "nightshift.sft"),
 }
 TORCH_FREE = {
     "nightshift.command",

@@ -13,8 +13,8 @@ import urllib.request
 import pytest
 import tiny_checkpoint
 
-from nightshift import catalogue, conversation, mlflow_model
-from nightshift.fixed import checkpoint
+from nightshift import catalogue, mlflow_model
+from nightshift.fixed import checkpoint, conversation
 from nightshift.fixed.config import ConfigError, Tracking
 from nightshift.generate import Engine, Sampling
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from nightshift import conversation, openai_api
+from nightshift import openai_api
+from nightshift.fixed import conversation
 from nightshift.fixed.tokenizer import Tokenizer
 from nightshift.openai_api import ApiError, ChatRequest, CompletionRequest
 

@@ -7,11 +7,17 @@ import pytest
 import torch
 from chat_tiny import chat_config
 
-from nightshift import conversation
-from nightshift.fixed import chats, store
+from nightshift.fixed import chats, conversation, store
 from nightshift.fixed.config import ConfigError
+from nightshift.fixed.packing import (
+    NOT_LEARNED,
+    ChatBatches,
+    best_fit,
+    ensure_rows,
+    pack,
+    write_rows,
+)
 from nightshift.fixed.tokenizer import Tokenizer
-from nightshift.packing import NOT_LEARNED, ChatBatches, best_fit, ensure_rows, pack, write_rows
 
 
 def rendered(count=50, longest=30, seed=0):

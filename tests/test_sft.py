@@ -13,9 +13,9 @@ from chat_tiny import base_run, chat_config
 from safetensors.torch import load_file
 
 from nightshift import lora, sft
-from nightshift.conversation import prompt
 from nightshift.fixed import checkpoint
 from nightshift.fixed.config import ROOT, ConfigError
+from nightshift.fixed.conversation import prompt
 from nightshift.fixed.result import read_curve, read_training
 from nightshift.fixed.tracking import open_store
 from nightshift.generate import Engine, Sampling

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from agent.journal import Journal
+from agent.target import VAL, Target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,4 +26,5 @@ class Context:
     read: Callable[
         [str], str | None
     ]  # path in the repository -> the incumbent's text, None: no file
+    target: Target = VAL  # what the study is judged by
     note: Callable[[str], None] = field(default=lambda text: None)  # one line for the person

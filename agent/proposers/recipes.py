@@ -1,4 +1,5 @@
-"""A library of known code changes: recipes/*.yaml, each tried at most once in a study.
+"""A library of known code changes, each tried at most once in a study: recipes/*.yaml, and where
+another target than val_bpb is judged, recipes/<target>/*.yaml.
 
     title: squared ReLU -> GELU
     hypothesis: One sentence that says why it should help.
@@ -18,14 +19,19 @@ import yaml
 
 from agent.journal import Edit, Proposal
 from agent.proposers import Context
+from agent.target import VAL, Target
 from nightshift.fixed.config import ConfigError
 
 FOLDER = Path(__file__).parent / "recipes"
 
 
-def propose(context: Context, folder: Path = FOLDER) -> Proposal | None:
+def folder_of(target: Target) -> Path:
+    return FOLDER if target is VAL else FOLDER / target.name
+
+
+def propose(context: Context, folder: Path | None = None) -> Proposal | None:
     tried = {t.proposal.title for t in context.journal.trials if t.proposal.source == "recipes"}
-    recipes = read_recipes(folder)
+    recipes = read_recipes(folder or folder_of(context.target))
     random.Random(f"recipes/{context.seed}").shuffle(recipes)
     for recipe in recipes:
         if recipe.title in tried:

@@ -88,11 +88,11 @@ def _ask_tpe(keys, space, results, rng: random.Random) -> dict[str, Any]:
         sampler = optuna.samplers.TPESampler(seed=rng.randrange(2**31), n_startup_trials=0)
         study = optuna.create_study(sampler=sampler)
         ranges = {key: _distribution(bounds, optuna) for key, bounds in space.items()}
-        for values, val_bpb in results:
+        for values, score in results:
             inside = {k: values[k] for k in space if k in values and _contains(space[k], values[k])}
             study.add_trial(
                 optuna.create_trial(
-                    params=inside, distributions={k: ranges[k] for k in inside}, value=val_bpb
+                    params=inside, distributions={k: ranges[k] for k in inside}, value=score
                 )
             )
         trial = study.ask()
@@ -142,7 +142,7 @@ def _tried(journal: Journal) -> list[dict[str, Any]]:
 
 
 def _results(context: Context) -> list[tuple[dict[str, Any], float]]:
-    """(values, val_bpb of the first seed) of the baseline and of every trial of values alone.
+    """(values, score of the first seed) of the baseline and of every trial of values alone.
 
     The values follow from the lineage: overrides add up from the baseline to a trial.
     """
@@ -152,7 +152,7 @@ def _results(context: Context) -> list[tuple[dict[str, Any], float]]:
         before = flatten(context.baseline) if trial.parent is None else values[trial.parent]
         values.append(before | trial.proposal.overrides)
         if trial.status == "ok" and trial.proposal.kind != "code":
-            results.append((values[-1], trial.runs[0].val_bpb))
+            results.append((values[-1], trial.runs[0].score))
     return results
 
 

@@ -36,6 +36,7 @@ MODEL_FILE = "src/nightshift/model.py"
 CHAMPIONS = {"champion/chat": "the champion, tuned to chat", "champion": "the champion"}
 STAGES = ("sft", "pretrain")
 STUDIES = "outputs/studies"
+NUMBERS = ("val_bpb", "chat_bpb")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +153,10 @@ def facts(folder: Path) -> dict:
     """What the run of a checkpoint says of itself: training.json, val_bpb and chat_bpb."""
     run = folder.parent
     numbers = _read(run / CHAT_RESULT_FILE).get("metrics") or {}
+    result = _read(run / RESULT_FILE)
     return _read(run / TRAINING_FILE) | {
-        "val_bpb": _read(run / RESULT_FILE).get("val_bpb"),
-        "chat_bpb": numbers.get("chat_bpb"),
+        "val_bpb": result.get("val_bpb"),
+        "chat_bpb": numbers.get("chat_bpb", result.get("chat_bpb")),
     }
 
 
@@ -170,7 +172,7 @@ def _numbers(folder: Path) -> dict:
     weights = folder / checkpoint.WEIGHTS_FILE
     created = int(weights.stat().st_mtime) if weights.exists() else 0
     known = facts(folder)
-    return {name: known[name] for name in ("val_bpb", "chat_bpb")} | {"created": created}
+    return {name: known[name] for name in NUMBERS} | {"created": created}
 
 
 def _champion(root: Path, name: str) -> Entry | None:
@@ -201,7 +203,7 @@ def _trials(journal: Path) -> list[Entry]:
                 title=trial["proposal"]["title"],
                 decision=trial["decision"],
                 is_kept=folder.is_dir(),
-                **(_numbers(folder) | {"val_bpb": trial["val_bpb"]}),
+                **(_numbers(folder) | {k: trial[k] for k in NUMBERS if trial.get(k) is not None}),
             )
         except (ValueError, KeyError, IndexError, TypeError):
             continue  # invalid trials have no run; a line cut by a kill is no trial
@@ -249,3 +251,25 @@ def _not_there(name: str, names: list[str]) -> str:
     there = ", ".join(names[:6]) or "none yet: run dvc repro, or nightshift pretrain"
     more = f" and {len(names) - 6} more" if len(names) > 6 else ""
     return f"{name}: there is no such checkpoint.{hint} There are: {there}{more}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the folder of a checkpoint that a study may begin from. One that belongs to another
+    model.py than this checkout's is refused: the study's trials would run ours."""
+    (name,) = sys.argv[1:] if arguments is None else arguments
+    try:
+        folder = find(name).folder
+        if model_source(folder) != own_source():
+            raise ConfigError(
+                f"{folder} was trained with another {MODEL_FILE} than this checkout's. Check out "
+                f"its commit ({facts(folder).get('commit')}) and start the study there"
+            )
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    print(folder.resolve())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

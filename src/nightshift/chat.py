@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from nightshift import catalogue, conversation
+from nightshift import catalogue
+from nightshift.fixed import conversation
 from nightshift.fixed.config import ConfigError
 from nightshift.generate import Engine, Sampling
 

@@ -21,8 +21,7 @@ chat_bpb has an interval over conversations: both models are scored on the same 
 import itertools
 import sys
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from math import log, sqrt
 from pathlib import Path
 from typing import Any
@@ -31,8 +30,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nightshift import conversation
-from nightshift.fixed import checkpoint, machine
+from nightshift.fixed import checkpoint, conversation, machine
+from nightshift.fixed.chat_ruler import Scored, Z, bytes_said, windows
 from nightshift.fixed.chats import ensure_chats, read_chats
 from nightshift.fixed.config import Config, ConfigError
 from nightshift.fixed.corpus import ensure_corpus, read_documents
@@ -43,30 +42,9 @@ from nightshift.generate import Engine, Sampling, padded_tokens
 from nightshift.sft import CHAT_RESULT_FILE, base_folder
 
 RESULT_FILE = CHAT_RESULT_FILE
-Z = 1.96  # two-sided 95 %
 DOCUMENT_CHARS = 4000  # of a dev document, for text_bpb
 
 # B rows, T time, V vocabulary
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Nats and bytes of the assistant's turns, for each conversation."""
-
-    nats: np.ndarray
-    num_bytes: np.ndarray
-
-    @property
-    def bpb(self) -> float:
-        return float(self.nats.sum() / log(2) / self.num_bytes.sum())
-
-    def interval(self, nats: np.ndarray | None = None) -> float:
-        """Half of the 95 % interval of a ratio of sums over independent conversations."""
-        nats = self.nats if nats is None else nats
-        residuals = nats - nats.sum() / self.num_bytes.sum() * self.num_bytes
-        count = len(nats)
-        spread = sqrt(float((residuals**2).sum()) * count / max(1, count - 1))
-        return Z * spread / float(self.num_bytes.sum()) / log(2)
 
 
 # -- likelihood
@@ -102,27 +80,10 @@ def nats_of(
     return nats
 
 
-def windows(
-    tokens: list[int], mask: list[bool], T: int, num_plain: int
-) -> Iterable[tuple[int, list[int]]]:
-    """(start, which targets of the window are counted) such that every target is seen once."""
-    start = done = 0
-    while done < len(tokens) - 1:
-        end = min(start + T, len(tokens) - 1)
-        places = [i for i in range(done, end) if mask[i + 1] and tokens[i + 1] < num_plain]
-        if places:
-            yield start, [i - start for i in places]
-        done, start = end, start + max(1, T // 2)
-
-
 def likelihood(model, tokenizer: Tokenizer, chats: Sequence[Chat], batch_size: int) -> Scored:
     rendered = [conversation.render(chat.messages, tokenizer) for chat in chats]
     nats = nats_of(model, tokenizer, rendered, batch_size)
-    sizes = [
-        sum(len(m["content"].encode()) for m in chat.messages if m["role"] == "assistant")
-        for chat in chats
-    ]
-    return Scored(np.array(nats), np.array(sizes, dtype=np.float64))
+    return Scored(np.array(nats), bytes_said(chats))
 
 
 def text_bpb(model, tokenizer: Tokenizer, texts: Sequence[str], batch_size: int) -> float:

@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from nightshift import catalogue, conversation
+from nightshift import catalogue
+from nightshift.fixed import conversation
 from nightshift.fixed.config import ConfigError
 from nightshift.fixed.result import write_json
 from nightshift.fixed.tokenizer import SPECIAL_TOKENS, Tokenizer

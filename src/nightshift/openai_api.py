@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from nightshift import conversation
+from nightshift.fixed import conversation
 from nightshift.fixed.tokenizer import Tokenizer
 from nightshift.generate import Sampling
 

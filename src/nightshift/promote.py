@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 
 from nightshift.fixed.batches import ensure_tokens
-from nightshift.fixed.checkpoint import read_config
+from nightshift.fixed.chats import ensure_chats
+from nightshift.fixed.checkpoint import read_config, write_config
 from nightshift.fixed.config import ROOT, Config, ConfigError
 from nightshift.fixed.corpus import ensure_corpus
 from nightshift.fixed.result import (
@@ -25,18 +26,43 @@ from nightshift.fixed.result import (
     TRAINING_FILE,
 )
 from nightshift.fixed.tokenizer import ensure_tokenizer
-from nightshift.stage import CHAMPION, publish
+from nightshift.sft import base_folder
+from nightshift.stage import CHAMPION, CHAT, chat_evaluate, publish
 
 # What a pretraining run stands for. The chat stages come after it: `dvc repro` runs them.
 STAGES = ("compose", "corpus", "tokenizer", "tokens", "pretrain", "evaluate")
+CHAT_STAGES = ("chats", "sft", "chat_evaluate")  # what a tuning stands for besides
 
 
 def promote(run: Path) -> None:
     share_cache()
-    place_data(read_config(run / CONFIG_FILE))
-    publish(run, CHAMPION, CHECKPOINT_FOLDER, TRAINING_FILE, RESULT_FILE, CURVE_FILE)
+    config = read_config(run / CONFIG_FILE)
+    place_data(config)
+    pretraining = run if config.base is None else base_folder(config).parent
+    if pretraining.resolve() != CHAMPION:
+        publish(pretraining, CHAMPION, CHECKPOINT_FOLDER, TRAINING_FILE, RESULT_FILE, CURVE_FILE)
+    if config.base is None:
+        commit(STAGES)
+    else:
+        place_tuned(run, config)
+        commit((*STAGES, *CHAT_STAGES))
+
+
+def place_tuned(run: Path, config: Config) -> None:
+    """The chat checkpoint, and what `chat_evaluate` says of it. Its numbers are made here and now:
+    the run was scored by chat_bpb alone. model.py is the base's, so no edit runs."""
+    place("chats", ensure_chats(config))
+    publish(run, CHAT, CHECKPOINT_FOLDER, TRAINING_FILE, CURVE_FILE)
+    checkpoint = CHAMPION / CHECKPOINT_FOLDER
+    moved = config.model_copy(update={"base": checkpoint.relative_to(ROOT).as_posix()})
+    write_config(moved, CHAT / CHECKPOINT_FOLDER / CONFIG_FILE)
+    silent = config.tracking.model_copy(update={"enabled": False})
+    chat_evaluate(config.model_copy(update={"tracking": silent}))
+
+
+def commit(stages: tuple[str, ...]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *STAGES],
+        [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *stages],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -52,10 +78,14 @@ def place_data(config: Config) -> None:
         ("tokenizer", ensure_tokenizer(config)),
         ("tokens", ensure_tokens(config)),
     ):
-        place = ROOT / "data" / name
-        if folder.resolve() != place.resolve():
-            shutil.rmtree(place, ignore_errors=True)
-            shutil.copytree(folder, place, copy_function=link_or_copy)
+        place(name, folder)
+
+
+def place(name: str, folder: Path) -> None:
+    there = ROOT / "data" / name
+    if folder.resolve() != there.resolve():
+        shutil.rmtree(there, ignore_errors=True)
+        shutil.copytree(folder, there, copy_function=link_or_copy)
 
 
 def link_or_copy(source: str, target: str) -> None:

@@ -18,12 +18,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from nightshift import command, pretrain
 from nightshift.fixed import config as knobs
-from nightshift.fixed.config import ROOT, Config, ConfigError, check
+from nightshift.fixed.config import FROM_BASE, ROOT, Config, ConfigError, check
 from nightshift.fixed.result import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -33,7 +32,6 @@ from nightshift.fixed.result import (
     write_json,
 )
 
-FROM_BASE = ("model", "tokenizer", "corpus", "filter")
 FOLDER = "outputs/sft/${now:%Y-%m-%d_%H-%M-%S}"
 CHAT_RESULT_FILE = "chat_result.json"
 
@@ -124,11 +122,7 @@ def portable(folder: Path) -> str:
 
 
 def for_run(config: Config, overrides: list[str] = ()) -> Config:
-    """What the training step, the clock and the recorder read, made of the sft groups.
-
-    The result is a whole configuration again (it goes into the checkpoint), and doing this twice
-    changes nothing: the scaled learning rates leave lr_scale = 1.
-    """
+    """The configuration of this tuning (fixed/config.py, for_tuning)."""
     if config.resume is not None:
         return pretrain.continued(config, overrides)
     groups = [o.lstrip("+~").split("=")[0].split(".")[0] for o in overrides]
@@ -136,27 +130,17 @@ def for_run(config: Config, overrides: list[str] = ()) -> Config:
         raise ConfigError(
             f"{wrong[0]}: {', '.join(FROM_BASE)} are those of the base checkpoint ({config.base})"
         )
-    base, sft = base_config(config), config.sft
-    rates = ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
-    values = config.model_dump()
-    values |= {group: getattr(base, group).model_dump() for group in FROM_BASE}
-    values["base"] = portable(base_folder(config))
-    values["optim"] |= {rate: values["optim"][rate] * sft.lr_scale for rate in rates}
-    values["sft"]["lr_scale"] = 1.0
-    values["schedule"] = {k: values["sft"][k] for k in values["schedule"]}
-    values["train"] |= {k: values["sft"][k] for k in ("batch_tokens", "micro_batch_size")}
-    values["budget"] = values["sft_budget"]
-    try:
-        return check(values)
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("train.", "sft.")) from None
+    return knobs.for_tuning(config, base_config(config), portable(base_folder(config)))
 
 
 # -- training
 
 
-def train(config: Config, folder: Path, log) -> Training:
-    """pretrain.train with another `fit`: what goes wrong while training is a status."""
+def train(config: Config, folder: Path, log, feed=None) -> Training:
+    """pretrain.train with another `fit`: what goes wrong while training is a status.
+
+    `feed`: rows and clock from outside (fixed/chat_feed.py); by default this process's own.
+    """
     import torch
 
     from nightshift.fixed import checkpoint, machine
@@ -167,7 +151,7 @@ def train(config: Config, folder: Path, log) -> Training:
     for stale in (TRAINING_FILE, CHAT_RESULT_FILE, SAMPLES_FILE):
         (folder / stale).unlink(missing_ok=True)
     try:
-        training = fit(config, folder, log)
+        training = fit(config, folder, log, feed)
     except Diverged as error:
         training = Training(status="diverged", message=f"{error}. Or lower sft.lr_scale")
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -179,12 +163,14 @@ def train(config: Config, folder: Path, log) -> Training:
     return training
 
 
-def fit(config: Config, folder: Path, log) -> Training:
+def fit(config: Config, folder: Path, log, feed) -> Training:
     """Rows, the base's weights, Lightning, checkpoint."""
     import torch
 
     from nightshift import lora
     from nightshift.fixed import checkpoint, machine
+    from nightshift.fixed.chat_feed import LocalChatFeed
+    from nightshift.tuning import TuningModule
 
     pretrain.quiet_lightning()
     device = machine.pick_device(config.runtime)
@@ -192,9 +178,9 @@ def fit(config: Config, folder: Path, log) -> Training:
     dtype = machine.pick_dtype(device, config.train)
     base = base_folder(config)
     model, tokenizer, _ = checkpoint.load(base, device)
-    feed = chat_feed(config, tokenizer)
+    feed = feed or LocalChatFeed(config, base)
     torch.manual_seed(config.seed)
-    module = training_module(model, config, dtype, machine.pick_compile(device, config.train))
+    module = TuningModule(model, config, dtype, machine.pick_compile(device, config.train))
     recorder = chat_recorder(module, config, feed, folder, log)
     recorder.announce(device, dtype)
     trainer = pretrain.lean_trainer(config, device, recorder)
@@ -205,47 +191,9 @@ def fit(config: Config, folder: Path, log) -> Training:
         lora.merge(model)  # an interrupted run keeps base and update apart, to go on with
     checkpoint.save(folder / CHECKPOINT_FOLDER, model, config, tokenizer, *state)
     feed.clock.save(folder)
-    learned_from = [feed.data_digest, checkpoint.weights_sha256(base)]
-    return recorder.training(device, dtype, knobs.digest(learned_from))
-
-
-def chat_feed(config: Config, tokenizer):
-    """Packed rows and the clock, as the recorder wants them (fixed/feed.py, LocalFeed)."""
-    from nightshift.fixed.batches import Batches, ensure_tokens
-    from nightshift.fixed.budget import Clock
-    from nightshift.fixed.store import read_manifest
-    from nightshift.packing import ChatBatches, ensure_rows
-
-    rows, frac = ensure_rows(config, tokenizer), config.sft.text_frac
-    shape = config.model.seq_len, config.train.micro_batch_size, config.seed
-    text = Batches(ensure_tokens(config), "train", *shape) if frac else None
-    train, dev = ChatBatches(rows, "train", *shape, text, frac), ChatBatches(rows, "dev", *shape)
-    return SimpleNamespace(
-        tokenizer=tokenizer,
-        data_digest=read_manifest(rows)["digest"],
-        clock=Clock(config.budget, config.train.batch_tokens),
-        batch=train.batch,
-        dev_batches=lambda: dev.in_order(config.runtime.dev_bytes),
-    )
-
-
-def training_module(model, config: Config, dtype, compile: bool):
-    """The pretraining's own step; with LoRA only the low-rank updates are given to AdamW."""
-    from nightshift import lora
-    from nightshift.optim import MuonAdamW
-    from nightshift.training import TrainingModule
-
-    sft = config.sft
-    if sft.lora_rank is None:
-        return TrainingModule(model, config, dtype, compile)
-    updates = lora.add(model, sft.lora_rank, sft.lora_alpha)
-    group = {"params": updates, "kind": "adamw", "initial_lr": sft.lora_lr, "lr": sft.lora_lr}
-
-    class LoraModule(TrainingModule):
-        def configure_optimizers(self) -> MuonAdamW:
-            return MuonAdamW([group], config.optim, dtype)
-
-    return LoraModule(model, config, dtype, compile)
+    recorder.hook.remove()
+    feed.weights_saved(max(recorder.optimizer_steps.values(), default=0))
+    return recorder.training(device, dtype, feed.data_digest)
 
 
 def chat_recorder(module, config: Config, feed, folder: Path, log):

@@ -121,6 +121,24 @@ def train(
     pretrain.train(config, folder, log, feed)
 
 
+def tune(
+    tree: Path, values: dict, folder: Path, sock_fd: int, tokenizer: Path, data_digest: str
+) -> None:
+    """As `train`, from the base that `values` name and on conversations."""
+    become(tree, folder)
+    from nightshift import sft
+    from nightshift.fixed.chat_feed import RemoteChatFeed
+    from nightshift.fixed.config import check
+    from nightshift.fixed.tokenizer import Tokenizer
+    from nightshift.fixed.tracking import open_store
+
+    config = check(values)
+    sock = socket.socket(fileno=sock_fd)
+    feed = RemoteChatFeed(sock, config, Tokenizer.load(tokenizer), data_digest)
+    log = open_store(config.tracking).start("trial", "sft")  # tracking is off in a trial
+    sft.train(config, folder, log, feed)
+
+
 def count_copies(tree: Path, values: dict, corpus: Path, folder: Path) -> None:
     """Run the tree's filter; leaves copies of each training document in COPIES_FILE."""
     become(tree, folder)

@@ -8,6 +8,7 @@ The folder: `<split>.jsonl`, a conversation a line: messages, source, choices; a
 
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -121,3 +122,12 @@ def write_split(path: Path, chats: list[Chat]) -> dict[str, Any]:
         "sources": dict(sources_of.most_common(20)),
         "sha256": store.sha256_file(path),
     }
+
+
+def main() -> int:
+    """Fetch and split the conversations of a run's configuration: run=<folder with config.yaml>."""
+    return corpus.fetch(ensure_chats)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

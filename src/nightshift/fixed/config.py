@@ -376,6 +376,30 @@ class Config(Group):
 
 
 EDITABLE_GROUPS = ("filter", "tokenizer", "model", "optim", "schedule", "train")
+TUNING_GROUPS = ("sft",)  # what a trial may change where tuning is judged: the base stays
+FROM_BASE = ("model", "tokenizer", "corpus", "filter")  # of the checkpoint that tuning begins from
+
+
+def for_tuning(config: Config, base: Config, place: str) -> Config:
+    """What the training step, the clock and the recorder read, made of the sft groups.
+
+    `base`, `place`: the base checkpoint's configuration and folder. The result is a whole
+    configuration again (it goes into the checkpoint), and doing this twice changes nothing: the
+    scaled learning rates leave lr_scale = 1.
+    """
+    sft, rates = config.sft, ("matrix_lr", "embedding_lr", "head_lr", "scalar_lr")
+    values = config.model_dump()
+    values |= {group: getattr(base, group).model_dump() for group in FROM_BASE}
+    values["base"] = place
+    values["optim"] |= {rate: values["optim"][rate] * sft.lr_scale for rate in rates}
+    values["sft"]["lr_scale"] = 1.0
+    values["schedule"] = {k: values["sft"][k] for k in values["schedule"]}
+    values["train"] |= {k: values["sft"][k] for k in ("batch_tokens", "micro_batch_size")}
+    values["budget"] = values["sft_budget"]
+    try:
+        return check(values)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("train.", "sft.")) from None
 
 
 def check(values: dict[str, Any], schema: type[Group] = Config) -> Any:

@@ -9,7 +9,7 @@ The folder: `<split>-<number>.parquet` with the columns `name` and `text`, and m
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +201,15 @@ def _check_splits(
 
 def main() -> int:
     """Fetch and split the corpus of a run's configuration: run=<folder with config.yaml>."""
+    return fetch(ensure_corpus)
+
+
+def fetch(ensure: Callable[[Config], Path]) -> int:
+    """`ensure` for the configuration that the command line names; the exit status."""
     folder = Path(sys.argv[1].removeprefix("run="))
     try:
         values = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-        ensure_corpus(knobs.check(values))
+        ensure(knobs.check(values))
         return 0
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)

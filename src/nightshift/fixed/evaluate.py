@@ -29,6 +29,7 @@ from nightshift.fixed.prepare import corpus_apart, require
 from nightshift.fixed.result import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
+    EDITABLE_MODULES,
     RESULT_FILE,
     TRAINING_FILE,
     Result,
@@ -57,8 +58,14 @@ FASTER_THAN_FORWARD = 6.0  # training in bf16 against scoring in float32; forwar
 SPLITS = ("val", "test")
 
 
-def evaluate(run: Path, config: Config, tree: Path = ROOT, split: str = "val") -> Result:
-    """The result of a run's checkpoint with the code of `tree`."""
+def evaluate(
+    run: Path,
+    config: Config,
+    tree: Path = ROOT,
+    split: str = "val",
+    scoring: "type[Scoring] | None" = None,
+) -> Result:
+    """The result of a run's checkpoint with the code of `tree`; `scoring`: of text, or of chats."""
     started = time.monotonic()
     training = read_training(run / TRAINING_FILE) if (run / TRAINING_FILE).is_file() else None
     if training is not None and training.status != "ok":
@@ -68,7 +75,7 @@ def evaluate(run: Path, config: Config, tree: Path = ROOT, split: str = "val") -
         weights = checkpoint.weights_sha256(folder)
         if training and training.weights_sha256 not in (None, weights):
             raise Invalid("the weights on disk are not those that training delivered")
-        scored = Scoring(run, config, tree, split).result(training, weights)
+        scored = (scoring or Scoring)(run, config, tree, split).result(training, weights)
         if checkpoint.weights_sha256(folder) != weights:
             raise Invalid("the weights on disk changed while they were scored")
     except Invalid as error:
@@ -85,6 +92,8 @@ def evaluate(run: Path, config: Config, tree: Path = ROOT, split: str = "val") -
 class Scoring:
     """One evaluation: the two servers, the text, the guards."""
 
+    editable = EDITABLE_MODULES
+
     def __init__(self, run: Path, config: Config, tree: Path, split: str):
         self.run, self.config, self.tree, self.split = run, config, tree, split
         self.deadline = time.monotonic() + config.evaluate.limit_s
@@ -93,10 +102,7 @@ class Scoring:
         self.tokenizer = Tokenizer.load(ensure_tokenizer(config))
 
     def result(self, training: Training | None, weights: str) -> Result:
-        trees = code_digests(self.tree)
-        trained = (training.fixed_code, training.editable_code) if training else (None, None)
-        if trained not in ((None, None), trees):  # null: a run of one's own, outside a study
-            raise Invalid("the code changed between training and scoring")
+        trees = self.code(training)
         first, second = self.serve(), self.serve()  # before the text is read
         try:
             for server in (first, second):
@@ -129,6 +135,14 @@ class Scoring:
             training=training,
             binding=self.binding(training, weights, digest, trees, protections),
         )
+
+    def code(self, training: Training | None) -> tuple[str, str]:
+        """The digests of the code that is scored: that which trained."""
+        trees = code_digests(self.tree, self.editable)
+        trained = (training.fixed_code, training.editable_code) if training else (None, None)
+        if trained not in ((None, None), trees):  # null: a run of one's own, outside a study
+            raise Invalid("the code changed between training and scoring")
+        return trees
 
     def serve(self) -> ModelServer:
         """A process with the trained model, ready to answer."""

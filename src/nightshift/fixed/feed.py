@@ -213,10 +213,11 @@ class Broken(Exception):
 class Feeder:
     """Answers a candidate until it has delivered its weights and ended. Trusts no word of it."""
 
-    def __init__(self, sock: socket.socket, config: Config, tokens: Path, take_over: Callable):
+    def __init__(self, sock: socket.socket, config: Config, batches: tuple, take_over: Callable):
+        """`batches`: of train and dev (`splits`)."""
         self.sock, self.config, self.take_over = sock, config, take_over
         self.clock = Clock(config.budget, config.train.batch_tokens)
-        self.train, self.dev = splits(config, tokens)
+        self.train, self.dev = batches
         self.micro = config.train.batch_tokens // config.tokens_per_micro_batch
         self.served = 0  # micro batches
         self.dev_parts: list | None = None
@@ -294,7 +295,7 @@ class Feeder:
             return
         inputs, targets = self.train.batch(self.served)
         self.served += 1
-        self._send(b"\1" + _packed(inputs, targets))
+        self._send(b"\1" + self.packed(inputs, targets))
 
     def _dev(self, index: int) -> None:
         if self.dev_parts is None:
@@ -307,7 +308,7 @@ class Feeder:
         self.dev_served[index] = shown + 1
         self.dev_tokens += self.dev_parts[index][0].numel()
         inputs, targets = self.dev_parts[index]
-        self._send(b"\1" + struct.pack("<I", len(inputs)) + _packed(inputs, targets))
+        self._send(b"\1" + struct.pack("<I", len(inputs)) + self.packed(inputs, targets))
 
     def _resume(self) -> None:
         if self.paused_at is not None:
@@ -382,14 +383,14 @@ class Feeder:
                 f"and saving may take {allowed:.1f} s here): what is learned must be paid for"
             )
 
+    @staticmethod
+    def packed(inputs: Tensor, targets: Tensor) -> bytes:
+        """(B, T) and (B, T), one ahead -> uint16 (B, T + 1)."""
+        windows = torch.cat([inputs, targets[:, -1:]], dim=1)
+        return windows.numpy().astype("<u2").tobytes()
+
     def _send(self, data: bytes) -> None:
         try:
             self.sock.sendall(data)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it is gone; `run` notices
-
-
-def _packed(inputs: Tensor, targets: Tensor) -> bytes:
-    """(B, T) and (B, T), one ahead -> uint16 (B, T + 1)."""
-    windows = torch.cat([inputs, targets[:, -1:]], dim=1)
-    return windows.numpy().astype("<u2").tobytes()

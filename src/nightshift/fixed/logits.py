@@ -11,7 +11,8 @@ Not covered: the model may spend the evaluation's time limit, and no more.
 On a GPU logits pass through host memory as well: CUDA's memory handles do not cross pid namespaces.
 
     asks: a letter and a number (int64)      answers: status, float64, length, message
-    L n   logits of the first n rows         0 ok, 1 error, 2 out of memory
+    L n   logits of the first n & 0xffffffff rows, n >> 32 tokens of each
+                                             0 ok, 1 error, 2 out of memory
     U s   from now on with untrained weights of seed s; the number is their correlation with
           those of the U before
 """
@@ -122,15 +123,17 @@ class ModelServer:
         self._answer()
 
     def logits(self, ids: np.ndarray) -> Tensor:
-        """(B, T) -> (B, T, V): a view of shared memory; copy before use. Raises Failed, Invalid."""
-        rows = len(ids)
-        self.shared.ids[:rows] = ids
-        self.shared.logits[:rows, :, 0] = torch.nan
+        """(B, T) -> (B, T, V): a view of shared memory; copy before use. Raises Failed, Invalid.
+
+        B and T are at most those of the shape."""
+        rows, width = ids.shape
+        self.shared.ids[:rows, :width] = ids
+        self.shared.logits[:rows, :width, 0] = torch.nan
         started = time.monotonic()
-        self.sock.sendall(ASK.pack(b"L", rows))
+        self.sock.sendall(ASK.pack(b"L", rows | width << 32))
         self._answer()
         self.waited_s += time.monotonic() - started
-        return self.shared.logits[:rows]
+        return self.shared.logits[:rows, :width]
 
     def untrained(self, seed: int) -> float:
         """Switch to fresh weights; their correlation with those of the call before (0 at first)."""
@@ -195,21 +198,21 @@ def serve(loader: Callable, sock_fd: int, memory_fd: int, shape: tuple[int, int,
             if letter == b"U":
                 model, value = untrained(number)
             else:
-                _forward(model, shared, number, device)
+                _forward(model, shared, number & 0xFFFFFFFF, number >> 32, device)
             _reply(sock, None, value)
         except Exception as error:
             _reply(sock, error)
 
 
 @torch.inference_mode()
-def _forward(model, shared: Shared, rows: int, device: torch.device) -> None:
-    ids = torch.from_numpy(shared.ids[:rows].copy()).to(device)
+def _forward(model, shared: Shared, rows: int, width: int, device: torch.device) -> None:
+    ids = torch.from_numpy(shared.ids[:rows, :width].copy()).to(device)
     logits = model(ids)
-    wanted = (rows, *shared.shape[1:])
+    wanted = (rows, width, shared.shape[2])
     if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted:
         found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise Invalid(f"forward returned {found}; it must return logits of shape {wanted}")
-    shared.logits[:rows].copy_(logits)
+    shared.logits[:rows, :width].copy_(logits)
 
 
 def _reply(sock: socket.socket, error: Exception | None, value: float = 0.0) -> None:

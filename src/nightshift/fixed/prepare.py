@@ -15,19 +15,22 @@ wide as it must be for a mixture, and it holds what can be learned from training
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from nightshift.fixed import candidate
 from nightshift.fixed.batches import ensure_tokens
+from nightshift.fixed.chats import ensure_chats
 from nightshift.fixed.checkpoint import read_config
 from nightshift.fixed.config import Config, ConfigError
 from nightshift.fixed.corpus import ensure_corpus
+from nightshift.fixed.packing import ensure_rows
 from nightshift.fixed.result import CONFIG_FILE
 from nightshift.fixed.sandbox import Child, missing, spawn
 from nightshift.fixed.store import read_manifest
-from nightshift.fixed.tokenizer import ensure_tokenizer
+from nightshift.fixed.tokenizer import Tokenizer, ensure_tokenizer
 
 START_LIMIT_S = 60.0
 FILTER_CODE = tuple(f"src/nightshift/{name}" for name in ("__init__.py", "filtering.py", "fixed"))
@@ -48,19 +51,28 @@ def require(child: Child, config: Config) -> None:
 
 def corpus_apart(config: Config) -> Path:
     """`ensure_corpus`, built in another process: held-out text stays out of this one's memory."""
+    return apart(ensure_corpus, config, "corpus")
+
+
+def apart(ensure: Callable[[Config], Path], config: Config, what: str) -> Path:
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            ensure_corpus(config)
+            ensure(config)
             code = 0
         except (ConfigError, OSError) as error:
             print(error, file=sys.stderr, flush=True)
         finally:
             os._exit(code)
     if os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]):
-        raise ConfigError("the corpus could not be built; the lines above say why")
-    return ensure_corpus(config)  # it is there: only its manifest is read
+        raise ConfigError(f"the {what} could not be built; the lines above say why")
+    return ensure(config)  # it is there: only its manifest is read
+
+
+def chats_apart(config: Config) -> Path:
+    """`ensure_chats`, likewise."""
+    return apart(ensure_chats, config, "conversations")
 
 
 def prepare(config: Config, tree: Path, folder: Path) -> Path:
@@ -70,6 +82,16 @@ def prepare(config: Config, tree: Path, folder: Path) -> Path:
     return ensure_tokens(
         config, tree, lambda corpus, config: _copies_in_sandbox(corpus, config, tree, folder)
     )
+
+
+def prepare_chats(config: Config, tree: Path, folder: Path) -> Path:
+    """The packed conversations that a tuning learns from, and its share of text."""
+    if config.sft.text_frac:
+        prepare(config, tree, folder)
+    elif config.conversations.tasks.total:  # questions are made from the corpus
+        corpus_apart(config)
+    chats_apart(config)
+    return ensure_rows(config, Tokenizer.load(Path(config.base) / "tokenizer"))
 
 
 def _copies_in_sandbox(corpus: Path, config: Config, tree: Path, folder: Path) -> np.ndarray:
@@ -125,7 +147,7 @@ def read_arguments(module: str) -> tuple[Path, Path, Config]:
 def main() -> int:
     try:
         folder, tree, config = read_arguments("nightshift.fixed.prepare")
-        prepare(config, tree, folder)
+        (prepare if config.base is None else prepare_chats)(config, tree, folder)
         return 0
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)

@@ -8,7 +8,7 @@ file.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ CONFIG_FILE = "config.yaml"  # the resolved config
 LOG_FILE = "run.log"
 SCRATCH_FOLDER = "scratch"  # the one folder that a candidate's training may write to
 
+TARGETS = ("val_bpb", "chat_bpb")  # what a study may be judged by; lower is better
 EDITABLE_MODULES = ("model", "optim", "schedule", "training", "filtering")  # of src/nightshift
+TUNING_MODULES = ("tuning", "lora")  # where tuning is judged, instead: the base stays as it is
 
 
 @dataclass(kw_only=True)
@@ -59,11 +61,14 @@ class Training:
 
 @dataclass(kw_only=True)
 class Result:
-    """A scored run. `val_bpb` is set if and only if `status` is ok."""
+    """A scored run. It has a number, `val_bpb` or `chat_bpb`, if and only if `status` is ok."""
 
     status: str
     message: str | None = None
     val_bpb: float | None = None  # bits per byte of raw val text; lower is better
+    chat_bpb: float | None = None  # of the assistant's turns in val conversations
+    chat_bpb_interval: float | None = None  # half of its 95 % interval over conversations
+    num_conversations: int | None = None
     num_bytes: int | None = None  # raw bytes scored
     num_tokens: int | None = None  # predictions scored
     eval_s: float | None = None
@@ -78,10 +83,11 @@ class Result:
     def __post_init__(self):
         if self.status not in STATUSES:
             raise ValueError(f"status ({self.status!r}) must be one of {', '.join(STATUSES)}")
-        if (self.status == "ok") != (self.val_bpb is not None):
+        numbers = [n for n in (self.val_bpb, self.chat_bpb) if n is not None]
+        if len(numbers) != (self.status == "ok"):
             raise ValueError(
-                "a result has val_bpb if and only if its status is ok; "
-                f"got {self.status}, {self.val_bpb}"
+                "a result has val_bpb or chat_bpb if and only if its status is ok; "
+                f"got {self.status}, {self.val_bpb}, {self.chat_bpb}"
             )
 
 
@@ -111,22 +117,24 @@ def _build(kind, values: dict[str, Any], path: Path):
     return kind(**values)
 
 
-def code_digests(tree: Path) -> tuple[str, str]:
+def code_digests(tree: Path, editable: Sequence[str] = EDITABLE_MODULES) -> tuple[str, str]:
     """(fixed, editable) of the files below <tree>/src, as they lie on disk."""
     blobs = {}
     for path in sorted((tree / "src").rglob("*.py")):
         content = path.read_bytes()
         blob = hashlib.sha1(b"blob %d\0" % len(content) + content)
         blobs[path.relative_to(tree).as_posix()] = blob.hexdigest()
-    return digests_of_blobs(blobs)
+    return digests_of_blobs(blobs, editable)
 
 
-def digests_of_blobs(blobs: Mapping[str, str]) -> tuple[str, str]:
+def digests_of_blobs(
+    blobs: Mapping[str, str], editable: Sequence[str] = EDITABLE_MODULES
+) -> tuple[str, str]:
     """(fixed, editable) from git's blob ids: what `git ls-tree` says of a commit compares."""
-    editable = {f"src/nightshift/{name}.py" for name in EDITABLE_MODULES}
+    files = {f"src/nightshift/{name}.py" for name in editable}
     parts: list[dict[str, str]] = [{}, {}]
     for path, blob in blobs.items():
-        parts[path in editable][path] = blob
+        parts[path in files][path] = blob
     fixed, changed = (
         hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for part in parts
     )

@@ -54,6 +54,7 @@ NOT_PARAMS = (  # paths, addresses, ids: the same for all runs, or of no meaning
 VIEW = "nightshift"  # key of the saved view of the runs table
 VIEW_COLUMNS = {  # with their widths in pixels
     "metrics.`val_bpb`": 95,
+    "metrics.`chat_bpb`": 95,
     "metrics.`gain`": 95,
     "tags.`decision`": 90,
     "tags.`status`": 90,

@@ -24,6 +24,8 @@ import stat
 import struct
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +33,13 @@ from nightshift.fixed import candidate, machine
 from nightshift.fixed.batches import ensure_tokens
 from nightshift.fixed.checkpoint import WEIGHTS_FILE, write_config
 from nightshift.fixed.config import Config, ConfigError, config_digest
-from nightshift.fixed.feed import Broken, Feeder
+from nightshift.fixed.feed import Broken, Feeder, splits
 from nightshift.fixed.prepare import read_arguments, require
 from nightshift.fixed.result import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
     CURVE_FILE,
+    EDITABLE_MODULES,
     SAMPLES_FILE,
     SCRATCH_FOLDER,
     STATUSES,
@@ -60,31 +63,54 @@ CURVE_KEYS = (
 )  # fmt: skip
 
 
-def train(config: Config, tree: Path, folder: Path) -> Training:
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What the harness brings to a training: data, and the candidate's part that learns from it."""
+
+    tokenizer: Path  # folder
+    data_digest: str
+    batches: tuple  # of train and dev
+    learn: Callable = candidate.train
+    feeder: type[Feeder] = Feeder
+    editable: tuple[str, ...] = EDITABLE_MODULES
+    base: Path | None = None  # checkpoint folder that tuning begins from (tune.py)
+
+
+def text(config: Config, tree: Path) -> Given:
+    tokens = ensure_tokens(config, tree, not_here)
+    return Given(
+        tokenizer=ensure_tokenizer(config),
+        data_digest=read_manifest(tokens)["digest"],
+        batches=splits(config, tokens),
+    )
+
+
+def train(config: Config, tree: Path, folder: Path, given: Given) -> Training:
     """Train once; files in `folder`. What the candidate does wrong is a status."""
     started = time.monotonic()
-    tokens = ensure_tokens(config, tree, _not_here)
-    tokenizer, scratch = ensure_tokenizer(config), folder / SCRATCH_FOLDER
+    tokenizer, scratch = given.tokenizer, folder / SCRATCH_FOLDER
     shutil.rmtree(scratch, ignore_errors=True)
     (scratch / "tmp").mkdir(parents=True)
-    data_digest, values = read_manifest(tokens)["digest"], config.model_dump()
+    data_digest, values = given.data_digest, config.model_dump()
     ours, theirs = socket.socketpair()
-    box = candidate.view(config, tree, readable=(tokenizer,), writable=scratch)
-    trees, commit = code_digests(tree), machine.commit_of(tree)
+    readable = (tokenizer, given.base) if given.base else (tokenizer,)
+    box = candidate.view(config, tree, readable=readable, writable=scratch)
+    trees, commit = code_digests(tree, given.editable), machine.commit_of(tree)
     child = spawn(
         box,
-        lambda: candidate.train(tree, values, scratch, theirs.fileno(), tokenizer, data_digest),
+        lambda: given.learn(tree, values, scratch, theirs.fileno(), tokenizer, data_digest),
         fds=[theirs.fileno()],
     )
     theirs.close()
     require(child, config)
     weights: dict[str, Any] = {}
-    feeder = Feeder(
-        ours,
-        config,
-        tokens,
-        lambda: weights.update(take_weights(config, scratch, folder, tokenizer)),
-    )
+
+    def take_over() -> None:
+        weights.update(take_weights(config, scratch, folder, tokenizer))
+        if given.base:
+            must_fit(folder / CHECKPOINT_FOLDER, given.base)
+
+    feeder = given.feeder(ours, config, given.batches, take_over)
     broken = None
     try:
         feeder.run(child)
@@ -113,7 +139,7 @@ def train(config: Config, tree: Path, folder: Path) -> Training:
     )
 
 
-def _not_here(corpus: Path, config: Config):
+def not_here(corpus: Path, config: Config):
     raise ConfigError("the trial's tokens are not there; nightshift.fixed.prepare builds them")
 
 
@@ -221,8 +247,25 @@ def take_weights(config: Config, scratch: Path, folder: Path, tokenizer: Path) -
     return {"weights_sha256": state.hexdigest(), "num_params": num_params}
 
 
+def must_fit(folder: Path, base: Path) -> None:
+    """Tuned weights are tensors of the base's names and shapes. Raises Broken."""
+    found, wanted = (tensor_shapes(place / WEIGHTS_FILE) for place in (folder, base))
+    for name in sorted(found.keys() | wanted.keys()):
+        if found.get(name) != wanted.get(name):
+            raise Broken(
+                f"tuning left {name} of shape {found.get(name)}, the base has it of shape "
+                f"{wanted.get(name)}: the base's model stays as it is. Merge what was added into "
+                "its matrices, as lora.py does"
+            )
+
+
 def count_params(path: Path) -> int:
-    """Numbers in a safetensors file, from its header alone. Raises Broken if it is not one."""
+    """Numbers in a safetensors file. Raises Broken if it is not one."""
+    return sum(math.prod(shape) for shape in tensor_shapes(path).values())
+
+
+def tensor_shapes(path: Path) -> dict[str, list[int]]:
+    """From the header of a safetensors file alone. Raises Broken if it is not one."""
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
@@ -234,7 +277,7 @@ def count_params(path: Path) -> int:
         end = max((t["data_offsets"][1] for t in tensors.values()), default=0)
         if end != size - 8 - length:
             raise ValueError(f"its tensors end at {end}, the file at {size - 8 - length}")
-        return sum(math.prod(t["shape"]) for t in tensors.values())
+        return {name: [int(n) for n in t["shape"]] for name, t in tensors.items()}
     except (ValueError, KeyError, TypeError, AttributeError, struct.error, RecursionError) as error:
         raise Broken(f"the weights are not a safetensors file: {error}") from None
 
@@ -281,10 +324,10 @@ def _lines(scratch: Path, name: str) -> list[str]:
         return []
 
 
-def main() -> int:
+def main(make: Callable[[Config, Path], Given] = text, module: str = "train") -> int:
     try:
-        folder, tree, config = read_arguments("nightshift.fixed.train")
-        training = train(config, tree, folder)
+        folder, tree, config = read_arguments(f"nightshift.fixed.{module}")
+        training = train(config, tree, folder, make(config, tree))
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 2

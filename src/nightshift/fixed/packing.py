@@ -18,8 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nightshift import conversation
-from nightshift.fixed import chats, store
+from nightshift.fixed import chats, conversation, store
 from nightshift.fixed import config as knobs
 from nightshift.fixed.batches import Batches
 from nightshift.fixed.config import Config, ConfigError
