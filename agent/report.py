@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from agent import promotion_report
 from agent.decide import measure_noise, spent
 from agent.journal import Journal, Trial
 from agent.tracking import Mirror, number, read_identity, read_settings
@@ -93,7 +94,8 @@ def write_report(study_folder: Path, journal: Journal, settings: dict[str, Any])
     name = settings.get("name") or Path(study_folder).name
     draw_progress(journal, settings.get("sigma"), name, [folder / file for file in CHART_FILES])
     (folder / TABLE_FILE).write_text(results_tsv(journal), encoding="utf-8")
-    (folder / SUMMARY_FILE).write_text(summary(journal, settings, name), encoding="utf-8")
+    text = summary(journal, settings, name) + promotion_report.section(study_folder, folder)
+    (folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
     return folder
 
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 from agent import workspace
 from agent.decide import measure_noise, repeated
 from agent.journal import Journal, Trial
+from agent.promotion import head_of
 from agent.report import write_report
 from agent.settings import Plan, StudyError, differences
 from agent.tracking import Mirror
@@ -67,7 +69,9 @@ def marks_of(study_folder: Path, number: int) -> dict[str, str]:
 def settle(study: Study, trial: Trial | None = None) -> None:
     """Make git, the disk and MLflow follow the journal: all of it, or the trial just added."""
     first_commit = study.settings["first_commit"]
-    if left := workspace.settle(study.repo, study.name, study.journal, first_commit):
+    promoted = head_of(study.folder, study.journal.incumbent)
+    at = promoted and promoted.commit
+    if left := workspace.settle(study.repo, study.name, study.journal, first_commit, at):
         study.note(left)
     study.settings["sigma"] = measure_noise(repeated(study.journal.trials)).sigma
     write_json(study.folder / "settings.json", study.settings)
@@ -143,8 +147,11 @@ def ask_doctor() -> dict:
 
 
 @contextmanager
-def open_study(repo: Path, plan: Plan, stop: Stop):
-    """A study that is ready to run, alone, with nothing left of an earlier process."""
+def open_study(repo: Path, plan: Plan, stop: Stop, make_view: Callable = View, end=None):
+    """A study that is ready to run, alone, with nothing left of an earlier process.
+
+    `end(study, status)` closes it; `close_study` unless told otherwise.
+    """
     base = workspace.base_commit(repo)
     name, folder = plan.study.name, repo / "outputs/studies" / plan.study.name
     with lock(folder, name), ExitStack() as bases:
@@ -165,7 +172,7 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
             mirror = Mirror(store, name, folder)
             mirror.open_study(flat_settings(settings), settings["base_commit"])
             settings["sandbox"] = sandbox
-            view = View(journal, plan.study.trials)
+            view = make_view(journal, plan.study.trials)
             if sandbox["open"]:
                 view.note(
                     f"this machine's sandbox does not hold for: {', '.join(sandbox['open'])} "
@@ -191,10 +198,18 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
             starter.close()
             kill_marked(folder)
             if study:
-                close_study(study, status)
+                (end or close_study)(study, status)
 
 
 def close_study(study: Study, status: str) -> None:
+    report = close_records(study, status)
+    if status == "FINISHED":
+        where = Path(os.path.relpath(report))
+        print(summary(study.journal, study.folder, study.name, where), flush=True)
+
+
+def close_records(study: Study, status: str) -> Path | None:
+    """The report and MLflow's parent run; returns the report's folder."""
     if status == "KILLED":  # a failure's files stay: they say why
         clear_half_trial(study.folder, len(study.journal))
     study.view.close()
@@ -203,9 +218,7 @@ def close_study(study: Study, status: str) -> None:
         report = write_report(study.folder, study.journal, study.settings)
         study.mirror.attach_report(report)
     study.mirror.close_study(status)
-    if status == "FINISHED":
-        where = Path(os.path.relpath(report))
-        print(summary(study.journal, study.folder, study.name, where), flush=True)
+    return report
 
 
 def flat_settings(settings: dict) -> dict:

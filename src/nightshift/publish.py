@@ -4,7 +4,7 @@ Puts the run's data, checkpoint, curve and numbers where dvc.yaml has them, and 
 (`dvc commit`): afterwards `dvc repro` has nothing to do. In a git worktree the main checkout's DVC
 cache is used, so that the files are there for every clone that shares it.
 
-    python -m nightshift.promote run=outputs/pretrain/<run>
+    python -m nightshift.publish run=outputs/pretrain/<run>
 """
 
 import os
@@ -17,6 +17,7 @@ from nightshift.fixed.batches import ensure_tokens
 from nightshift.fixed.checkpoint import read_config
 from nightshift.fixed.config import ROOT, Config, ConfigError
 from nightshift.fixed.corpus import ensure_corpus
+from nightshift.fixed.ledger import main_checkout
 from nightshift.fixed.result import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -31,7 +32,7 @@ from nightshift.stage import CHAMPION, publish
 STAGES = ("compose", "corpus", "tokenizer", "tokens", "pretrain", "evaluate")
 
 
-def promote(run: Path) -> None:
+def publish_run(run: Path) -> None:
     share_cache()
     place_data(read_config(run / CONFIG_FILE))
     publish(run, CHAMPION, CHECKPOINT_FOLDER, TRAINING_FILE, RESULT_FILE, CURVE_FILE)
@@ -71,10 +72,7 @@ def share_cache() -> None:
 
     Written to .dvc/config.local, which git ignores.
     """
-    git = ["git", "-C", str(ROOT), "rev-parse", "--path-format=absolute", "--git-common-dir"]
-    main = Path(
-        subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    ).parent
+    main = main_checkout()
     local = ROOT / ".dvc" / "config.local"
     if main.resolve() == ROOT.resolve() or local.exists():
         return
@@ -86,10 +84,10 @@ def share_cache() -> None:
 
 def main() -> int:
     if len(sys.argv) != 2 or not sys.argv[1].startswith("run="):
-        print("usage: python -m nightshift.promote run=<folder of a run>", file=sys.stderr)
+        print("usage: python -m nightshift.publish run=<folder of a run>", file=sys.stderr)
         return 2
     try:
-        promote(Path(sys.argv[1].removeprefix("run=")).resolve())
+        publish_run(Path(sys.argv[1].removeprefix("run=")).resolve())
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
