@@ -19,10 +19,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from agent import workspace
+from agent.after import read_plan_with_origin
 from agent.journal import Proposal, Trial, proposal_from_json
 from agent.proposers import Context, mixed
 from agent.seeds import BaselineFailed, on_this_machine, run_seeds
-from agent.settings import StudyError, read_plan
+from agent.settings import StudyError
 from agent.study import BASE_FOLDER, Study, marks_of, open_study, settle, stop_on_signals
 from agent.trial import Bench, Interrupted
 from agent.warm import StartError
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None, repo: Path = ROOT) -> int:
     try:
         if options := [argument for argument in argv if argument.startswith("-")]:
             raise ConfigError(f"{options[0]}: there is no such option; a study takes key=value")
-        plan = read_plan(repo / "conf", argv)
+        plan = read_plan_with_origin(repo, argv)
         with stop_on_signals() as stop, open_study(repo, plan, stop) as study:
             run_study(study)
         return 0
@@ -135,6 +136,7 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
         sources=study.plan.study.sources,
         read=read,
         note=study.note,
+        memory=study.memory,
     )
     proposal = mixed.propose(context)
     if proposal is not None:

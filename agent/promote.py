@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None, repo: Path = ROOT) -> int:
                 settle(study)
                 promotion = run_promotion(study, job)
                 follow(study, promotion)
-        print(promotion_report.told(promotion, study_folder), flush=True)
+        tracked = job.plan.config.tracking.enabled
+        print(promotion_report.told(promotion, study_folder, tracked), flush=True)
         return 0 if promotion.commit else EXIT_NOT_PROMOTED
     except Interrupted:
         print(f"stopped. To go on: {shlex.join(['nightshift', 'promote', *argv])}", flush=True)

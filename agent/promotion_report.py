@@ -270,7 +270,7 @@ def reproduce_line(promotion: Promotion) -> str:
     return f"Commit `{promotion.commit[:12]}`, MLflow `models:/{MODEL_NAME}@champion`."
 
 
-def told(promotion: Promotion, study_folder: Path) -> str:
+def told(promotion: Promotion, study_folder: Path, tracked: bool) -> str:
     """The block at the end, on the terminal."""
     name = study_folder.name
     lines = ["---", f"{'all:':12} {promotion.verdict.verdict}: {promotion.verdict.reason}"]
@@ -281,6 +281,7 @@ def told(promotion: Promotion, study_folder: Path) -> str:
     lines.append(f"{'card:':12} {where / CARD_FILE}")
     if not promotion.commit:
         return "\n".join([*lines, "not promoted: the baseline is better at this scale"])
-    lines.append(f"{'model:':12} models:/{MODEL_NAME}@champion")
+    where = f"models:/{MODEL_NAME}@champion" if tracked else "not registered: tracking=off"
+    lines.append(f"{'model:':12} {where}")
     lines.append(f"{'reproduce:':12} git checkout study/{name} && dvc repro evaluate")
     return "\n".join(lines)

@@ -293,6 +293,7 @@ def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
     parts = [
         f"# Study {name}",
         _opening(journal, settings.get("sigma")),
+        _origin(settings.get("after")),
         _trust(journal.trials, settings),
         "![progress](progress.png)",
     ]
@@ -323,6 +324,14 @@ def _opening(journal: Journal, sigma: float | None) -> str:
         f"Baseline {baseline:.4f} -> best {best:.4f} bits per byte: "
         f"gain {baseline - best:+.4f} ({(baseline - best) / baseline:+.1%}). {counts}{noise}"
     )
+
+
+def _origin(after: dict[str, Any] | None) -> str:
+    if not after:
+        return ""
+    promotion = after["promotion"]
+    champion = f"promotion {promotion}" if promotion else f"trial {after['trial']}"
+    return f"It began from {champion} of study {after['study']}, commit {after['commit'][:7]}."
 
 
 def _trust(trials: list[Trial], settings: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent import workspace
+from agent.after import read_memory, remember
 from agent.decide import measure_noise, repeated
 from agent.journal import Journal, Trial
 from agent.promotion import head_of
@@ -50,6 +51,7 @@ class Study:
     view: View
     mirror: Mirror
     told: set[str] = field(default_factory=set)
+    memory: list[Trial] = field(default_factory=list)  # of earlier studies (after.py)
 
     @property
     def name(self) -> str:
@@ -188,6 +190,7 @@ def open_study(repo: Path, plan: Plan, stop: Stop, make_view: Callable = View, e
                 stop=stop,
                 view=view,
                 mirror=mirror,
+                memory=read_memory(folder),
             )
             yield study
             status = "FINISHED"
@@ -260,12 +263,14 @@ def recall(repo: Path, folder: Path, plan: Plan, journal: Journal) -> dict | Non
 
 def begin(repo: Path, folder: Path, plan: Plan, base: str) -> dict:
     """The study's first commit and settings.json; the branch follows in `settle`."""
-    name = plan.study.name
+    name, base = plan.study.name, plan.origin["commit"] if plan.origin else base
     if changed := workspace.uncommitted(repo):
         names = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
         print(f"{len(changed)} uncommitted changes are not part of the study: {names}", flush=True)
     with workspace.worktree(repo, folder / "trials/000/worktree", base) as tree:
         first = workspace.write_first_commit(tree, plan.config, name, marks_of(folder, 0))
+    if plan.origin:
+        remember(folder.parent, folder, plan.origin)
     settings = {
         "name": name,
         "branch": f"study/{name}",

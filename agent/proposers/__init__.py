@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.journal import Journal
+from agent.journal import Journal, Trial
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,4 +25,6 @@ class Context:
     read: Callable[
         [str], str | None
     ]  # path in the repository -> the incumbent's text, None: no file
+    # Trials of earlier studies (study.after): what was thought of, not numbers to compare with.
+    memory: list[Trial] = field(default_factory=list)
     note: Callable[[str], None] = field(default=lambda text: None)  # one line for the person
