@@ -35,18 +35,18 @@ class Request:
         """(given, machine, (the baseline's configuration as it is, and scaled)): flat values of the
         keys that were given. Checked for baseline and champion. Raises ConfigError."""
         keys = [override.split("=", 1)[0] for override in self.overrides]
-        plain, given_to = [], []
-        for commit in (baseline.commit, trial.commit):
-            with workspace.conf_at(repo, commit) as conf:
-                plain.append(flatten(compose(conf, "config", [])))
-                given_to.append(flatten(compose(conf, "config", self.overrides)))
+        with workspace.conf_at(repo, baseline.commit) as conf:
+            wanted = flatten(compose(conf, "config", self.overrides)) if keys else {}
+            plain = [flatten(compose(conf, "config", []))]
+        with workspace.conf_at(repo, trial.commit) as conf:
+            plain.append(flatten(compose(conf, "config", [])))
         for key in keys:
             if plain[0].get(key) != plain[1].get(key):
                 raise ConfigError(
                     f"{key}: a change of this study sets it ({plain[0].get(key)} -> "
                     f"{plain[1].get(key)}), and one value for all would undo that. Leave it out"
                 )
-        given = {key: given_to[0][key] for key in keys}
+        given = {key: wanted[key] for key in keys}
         machine = {k: given.pop(k) for k in keys if k.split(".")[0] in MACHINE}
         check(unflatten(plain[0] | machine))
         before, after = (check(unflatten(values)) for values in plain)

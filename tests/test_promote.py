@@ -22,14 +22,19 @@ from agent.promotion import Arm, Order, judge, read_lines, read_promotions
 from agent.warm import marked_processes
 from nightshift.fixed.config import flatten
 
+ARMS = ("baseline", "champion", "without_001", "without_002")
 TWO = "seeds=[1,2]"
 BAD_AT_SCALE = edit('"ok"\nBONUS = 0.0', '"small only"\nBONUS = 0.05')
+
+
+def given(trials: int) -> list[str]:
+    return overrides(trials, "study.baseline_seeds=[1,2]")
 
 
 def study_of(folder: Path, *proposals: Proposal) -> Path:
     project = make_project(folder)
     script(project, list(proposals))
-    assert loop.main(overrides(len(proposals)), project) == 0
+    assert loop.main(given(len(proposals)), project) == 0
     return project
 
 
@@ -52,8 +57,17 @@ def starts(project: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_every_change_gets_its_verdict_and_the_branch_the_champion_at_scale(tmp_path, capsys):
-    project = study_of(tmp_path / "p", bonus(0.0, 0.5), values(optim__matrix_lr=0.03))
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory) -> Path:
+    """A study that kept an edit and a value, and nothing promoted."""
+    folder = tmp_path_factory.mktemp("ready") / "p"
+    return study_of(folder, bonus(0.0, 0.5), values(optim__matrix_lr=0.03))
+
+
+def test_every_change_gets_its_verdict_and_the_branch_the_champion_at_scale(
+    ready, tmp_path, capsys
+):
+    project = shutil.copytree(ready, tmp_path / "p")
     incumbent = journal_of(project).incumbent
     assert main(["first", TWO], project) == 0
     (promotion,) = read_promotions(study_folder(project))
@@ -86,18 +100,18 @@ def test_every_change_gets_its_verdict_and_the_branch_the_champion_at_scale(tmp_
     assert len(starts(project)) == trainings
     assert len((project / "outputs/tests_read.log").read_text().splitlines()) == 1
     # The study goes on from its own incumbent, at its own scale; a keep takes the branch along.
-    assert loop.main(overrides(2), project) == 0 and branch(project) == promotion.commit
-    script(project, [bonus(0.5, 0.4), bonus(0.5, 0.9)], first=3)
-    assert loop.main(overrides(3), project) == 0 and branch(project) == promotion.commit
-    assert loop.main(overrides(4), project) == 0
+    assert loop.main(given(2), project) == 0 and branch(project) == promotion.commit
+    script(project, [bonus(0.5, 0.9)], first=3)
+    assert loop.main(given(3), project) == 0
     last = journal_of(project).incumbent
-    assert (last.number, last.parent) == (4, 2) and branch(project) == last.commit
+    assert (last.number, last.parent) == (3, 2) and branch(project) == last.commit
     assert read_of(project, last.commit)["model.depth"] == 4
     assert_nothing_is_left(project)
     kept = run_git(project, "rev-parse", "refs/promotions/first/001/champion")
     assert kept == promotion.commit
 
 
+@pytest.mark.slow
 def test_a_champion_that_is_worse_at_scale_is_not_promoted_and_test_stays_unread(tmp_path, capsys):
     project = study_of(tmp_path / "p", BAD_AT_SCALE)
     before = branch(project)
@@ -111,6 +125,7 @@ def test_a_champion_that_is_worse_at_scale_is_not_promoted_and_test_stays_unread
     assert "not promoted: the baseline is better" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_change_on_which_another_stands_cannot_be_separated(tmp_path):
     project = study_of(tmp_path / "p", bonus(0.0, 0.5), bonus(0.5, 0.6))
     assert main(["first", TWO, "depth=6"], project) == 0
@@ -118,12 +133,6 @@ def test_a_change_on_which_another_stands_cannot_be_separated(tmp_path):
     assert [v.verdict for v in promotion.verdicts] == ["holds", "cannot be separated", "holds"]
     assert "does not apply without trial 1: edit 1 of 1" in promotion.verdicts[1].reason
     assert read_of(project, promotion.commit)["model.depth"] == 6
-
-
-@pytest.fixture(scope="module")
-def ready(tmp_path_factory) -> Path:
-    """A study with a keep of values, and nothing promoted."""
-    return study_of(tmp_path_factory.mktemp("ready") / "p", values(optim__matrix_lr=0.03))
 
 
 @contextlib.contextmanager
@@ -144,6 +153,7 @@ def started(project: Path, *arguments: str):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_killed_or_stopped_it_goes_on_and_repeats_no_finished_run(ready, tmp_path):
     project = shutil.copytree(ready, tmp_path / "p")
     runs = study_folder(project) / "promotions/001/runs.jsonl"
@@ -159,7 +169,7 @@ def test_killed_or_stopped_it_goes_on_and_repeats_no_finished_run(ready, tmp_pat
             assert workspace.worktrees(project) == [str(project)]
     assert main(["first", TWO], project) == 0
     done = [(line["arm"], line["seed"]) for line in read_lines(runs)]
-    assert done == [(arm, seed) for arm in ("baseline", "champion") for seed in (1, 2)]
+    assert done == [(arm, seed) for arm in ARMS for seed in (1, 2)]
     assert [p.number for p in read_promotions(study_folder(project))] == [1]
     assert workspace.worktrees(project) == [str(project)]
     assert not list(study_folder(project).glob("promotions/*/*/cache"))
@@ -172,7 +182,7 @@ def test_killed_or_stopped_it_goes_on_and_repeats_no_finished_run(ready, tmp_pat
         (["firs"], "study (firs): there is no such study. Nearest: first."),
         (["first", "second"], "promote: give one study, got 2"),
         (["first", "trial=0"], "trial 0 of first is its baseline"),
-        (["first", "trial=9"], "trial=9: study first has trials 0 to 1"),
+        (["first", "trial=9"], "trial=9: study first has trials 0 to 2"),
         (["first", "trial=x"], "trial=x: must be the number of a trial"),
         (["first", "seeds=[1]"], "seeds=[1]: must be at least two different seeds"),
         (["first", "model.dept=8"], "model.dept=8: there is no such key. Nearest: model.depth."),
@@ -197,7 +207,7 @@ def test_nonsense_is_one_line_before_any_work(ready, capsys, arguments, said):
 def test_a_dry_run_says_how_many_runs_and_how_long_and_does_nothing(ready, capsys):
     assert main(["first", "model.depth=6", "budget.amount=30", "--dry-run"], ready) == 0
     said = capsys.readouterr().out
-    assert "depth 4 -> 6, steps 3 -> 30, 2 configurations x 3 seeds: 6 runs left, about" in said
+    assert "depth 4 -> 6, steps 3 -> 30, 4 configurations x 2 seeds: 8 runs left, about" in said
     assert not (study_folder(ready) / "promotions").exists()
 
 
