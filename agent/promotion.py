@@ -100,6 +100,7 @@ class Promotion:
     study_sigma: float | None
     verdicts: list[Verdict]  # all together first
     small: dict[str, list[float]]  # val_bpb of baseline and champion in the study, a seed each
+    is_head: bool = True  # of the study's incumbent, so that the study's branch follows
     commit: str | None = None  # reproduces the champion; None: it was not promoted
     run: str | None = None  # folder of the registered weights, relative to the study's
     weights_sha256: str | None = None

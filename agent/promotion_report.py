@@ -161,11 +161,17 @@ def reproduce(name: str, promotion: Promotion) -> str:
     if not promotion.commit:
         return "It was not promoted: the baseline is better at this scale."
     return (
-        f"```\ngit checkout {promotion.commit[:12]}   # study/{name} when it was promoted\n"
-        "dvc repro evaluate                          # nothing to do\n"
-        "dvc repro -f --no-run-cache evaluate        # trains it again; same digits on a CPU\n"
+        f"```\n{checkout(name, promotion)}\n"
+        "dvc repro evaluate                      # nothing to do\n"
+        "dvc repro -f --no-run-cache evaluate    # trains it again; same digits on a CPU\n"
         f"```\n\nWeights: DVC {promotion.dvc_md5}, sha256 {promotion.weights_sha256}."
     )
+
+
+def checkout(name: str, promotion: Promotion) -> str:
+    """The branch may move on; the commit is the same for ever."""
+    where = f"   # study/{name} when it was promoted" if promotion.is_head else ""
+    return f"git checkout {promotion.commit[:12]}{where}"
 
 
 def draw(promotion: Promotion, name: str, path: Path) -> None:
@@ -283,5 +289,6 @@ def told(promotion: Promotion, study_folder: Path, tracked: bool) -> str:
         return "\n".join([*lines, "not promoted: the baseline is better at this scale"])
     where = f"models:/{MODEL_NAME}@champion" if tracked else "not registered: tracking=off"
     lines.append(f"{'model:':12} {where}")
-    lines.append(f"{'reproduce:':12} git checkout study/{name} && dvc repro evaluate")
+    place = f"study/{name}" if promotion.is_head else promotion.commit[:12]
+    lines.append(f"{'reproduce:':12} git checkout {place} && dvc repro evaluate")
     return "\n".join(lines)
