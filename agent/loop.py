@@ -19,11 +19,12 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from agent import workspace
+from agent.after import read_plan_with_origin
 from agent.base import ensure_base, for_runs
 from agent.journal import Proposal, Trial, proposal_from_json
 from agent.proposers import Context, mixed
 from agent.seeds import on_this_machine, run_seeds
-from agent.settings import StudyError, read_plan
+from agent.settings import StudyError
 from agent.study import (
     BASE_FOLDER,
     BaselineFailed,
@@ -65,7 +66,7 @@ def main(argv: list[str] | None = None, repo: Path = ROOT) -> int:
     try:
         if options := [argument for argument in argv if argument.startswith("-")]:
             raise ConfigError(f"{options[0]}: there is no such option; a study takes key=value")
-        plan = read_plan(repo / "conf", argv)
+        plan = read_plan_with_origin(repo, argv)
         with stop_on_signals() as stop, open_study(repo, plan, stop) as study:
             run_study(study)
         return 0
@@ -146,6 +147,7 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
         read=read,
         target=study.plan.study.judged_by,
         note=study.note,
+        memory=study.memory,
     )
     proposal = mixed.propose(context)
     if proposal is not None:

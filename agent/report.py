@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from agent import promotion_report
 from agent.decide import measure_noise, spent
 from agent.journal import Journal, Trial
 from agent.target import TARGETS, VAL, Target
@@ -96,7 +97,8 @@ def write_report(study_folder: Path, journal: Journal, settings: dict[str, Any])
     target, paths = target_of(settings), [folder / file for file in CHART_FILES]
     draw_progress(journal, settings.get("sigma"), name, paths, target)
     (folder / TABLE_FILE).write_text(results_tsv(journal, target), encoding="utf-8")
-    (folder / SUMMARY_FILE).write_text(summary(journal, settings, name), encoding="utf-8")
+    text = summary(journal, settings, name) + promotion_report.section(study_folder, folder)
+    (folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
     return folder
 
 
@@ -301,6 +303,7 @@ def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
     parts = [
         f"# Study {name}",
         _opening(journal, settings.get("sigma")),
+        _origin(settings.get("after")),
         _trust(journal.trials, settings),
         "![progress](progress.png)",
     ]
@@ -331,6 +334,14 @@ def _opening(journal: Journal, sigma: float | None) -> str:
         f"Baseline {baseline:.4f} -> best {best:.4f} bits per byte: "
         f"gain {baseline - best:+.4f} ({(baseline - best) / baseline:+.1%}). {counts}{noise}"
     )
+
+
+def _origin(after: dict[str, Any] | None) -> str:
+    if not after:
+        return ""
+    promotion = after["promotion"]
+    champion = f"promotion {promotion}" if promotion else f"trial {after['trial']}"
+    return f"It began from {champion} of study {after['study']}, commit {after['commit'][:7]}."
 
 
 def _trust(trials: list[Trial], settings: dict[str, Any]) -> str:

@@ -78,6 +78,7 @@ class StudySettings(Group):
     preflight_steps: int = Field(ge=1)
     warm: bool
     keep_checkpoints: bool
+    after: str | None = None  # an earlier study (after.py)
 
     @field_validator("name")
     @classmethod
@@ -147,6 +148,7 @@ class Plan:
     study: StudySettings
     space: dict[str, Bounds]
     config: Config
+    origin: dict[str, Any] | None = None  # what it begins from (after.py); null: this checkout
 
     def as_json(self) -> dict[str, Any]:
         """What settings.json keeps; a study that is started again must agree with it."""
@@ -154,16 +156,29 @@ class Plan:
             "study": self.study.model_dump(),
             "space": {key: b.model_dump(exclude_defaults=True) for key, b in self.space.items()},
             "config": self.config.model_dump(),
+            "after": self.origin,
         }
 
 
-def read_plan(conf: Path, overrides: list[str]) -> Plan:
-    """Raises ConfigError with a line for each mistake in any of the three parts."""
+def read_plan(
+    conf: Path,
+    overrides: list[str],
+    pipeline_conf: Path | None = None,
+    origin: dict[str, Any] | None = None,
+) -> Plan:
+    """Raises ConfigError with a line for each mistake in any of the three parts.
+
+    `pipeline_conf`: where the pipeline's values come from, if not from `conf`.
+    """
     try:
         values = compose_study(conf, overrides)
+        part = {key: values.pop(key) for key in ("study", "space") if key in values}
+        if pipeline_conf:
+            others = [o for o in overrides if not re.match(r"[+~]*(study|space)[.=]", o)]
+            values = compose(pipeline_conf, "study", others)
+            values = {k: v for k, v in values.items() if k not in ("study", "space")}
     except ConfigError as error:
         raise ConfigError(_about_study(str(error))) from None
-    part = {key: values.pop(key) for key in ("study", "space") if key in values}
     mistakes = []
     config = study = None
     try:
@@ -184,7 +199,7 @@ def read_plan(conf: Path, overrides: list[str]) -> Plan:
         )
     if mistakes:
         raise ConfigError("\n".join(mistakes))
-    return Plan(study=study.study, space=study.space, config=config)
+    return Plan(study=study.study, space=study.space, config=config, origin=origin)
 
 
 def compose_study(conf: Path, overrides: list[str]) -> dict[str, Any]:

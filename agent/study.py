@@ -13,14 +13,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from agent import workspace
+from agent.after import read_memory, remember
 from agent.decide import measure_noise, repeated
 from agent.journal import Journal, Trial
+from agent.promotion import head_of
 from agent.report import write_report
 from agent.settings import Plan, StudyError, differences
 from agent.tracking import Mirror
@@ -54,6 +57,7 @@ class Study:
     mirror: Mirror
     base: Any = None  # agent.base.Base; of a study of chat_bpb
     told: set[str] = field(default_factory=set)
+    memory: list[Trial] = field(default_factory=list)  # of earlier studies (after.py)
 
     @property
     def name(self) -> str:
@@ -73,7 +77,9 @@ def marks_of(study_folder: Path, number: int) -> dict[str, str]:
 def settle(study: Study, trial: Trial | None = None) -> None:
     """Make git, the disk and MLflow follow the journal: all of it, or the trial just added."""
     first_commit = study.settings["first_commit"]
-    if left := workspace.settle(study.repo, study.name, study.journal, first_commit):
+    promoted = head_of(study.folder, study.journal.incumbent)
+    at = promoted and promoted.commit
+    if left := workspace.settle(study.repo, study.name, study.journal, first_commit, at):
         study.note(left)
     study.settings["sigma"] = measure_noise(repeated(study.journal.trials)).sigma
     write_json(study.folder / "settings.json", study.settings)
@@ -149,8 +155,11 @@ def ask_doctor() -> dict:
 
 
 @contextmanager
-def open_study(repo: Path, plan: Plan, stop: Stop):
-    """A study that is ready to run, alone, with nothing left of an earlier process."""
+def open_study(repo: Path, plan: Plan, stop: Stop, make_view: Callable = View, end=None):
+    """A study that is ready to run, alone, with nothing left of an earlier process.
+
+    `end(study, status)` closes it; `close_study` unless told otherwise.
+    """
     base = workspace.base_commit(repo)
     name, folder = plan.study.name, repo / "outputs/studies" / plan.study.name
     with lock(folder, name), ExitStack() as bases:
@@ -171,7 +180,7 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
             mirror = Mirror(store, name, folder)
             mirror.open_study(flat_settings(settings), settings["base_commit"])
             settings["sandbox"] = sandbox
-            view = View(journal, plan.study.trials, plan.study.judged_by)
+            view = make_view(journal, plan.study.trials, plan.study.judged_by)
             if sandbox["open"]:
                 view.note(
                     f"this machine's sandbox does not hold for: {', '.join(sandbox['open'])} "
@@ -187,6 +196,7 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
                 stop=stop,
                 view=view,
                 mirror=mirror,
+                memory=read_memory(folder),
             )
             yield study
             status = "FINISHED"
@@ -197,10 +207,19 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
             starter.close()
             kill_marked(folder)
             if study:
-                close_study(study, status)
+                (end or close_study)(study, status)
 
 
 def close_study(study: Study, status: str) -> None:
+    report = close_records(study, status)
+    if status == "FINISHED":
+        where = Path(os.path.relpath(report))
+        target = study.plan.study.judged_by
+        print(summary(study.journal, study.folder, study.name, where, target), flush=True)
+
+
+def close_records(study: Study, status: str) -> Path | None:
+    """The report and MLflow's parent run; returns the report's folder."""
     if status == "KILLED":  # a failure's files stay: they say why
         clear_half_trial(study.folder, len(study.journal))
     study.view.close()
@@ -209,10 +228,7 @@ def close_study(study: Study, status: str) -> None:
         report = write_report(study.folder, study.journal, study.settings)
         study.mirror.attach_report(report)
     study.mirror.close_study(status)
-    if status == "FINISHED":
-        where = Path(os.path.relpath(report))
-        target = study.plan.study.judged_by
-        print(summary(study.journal, study.folder, study.name, where, target), flush=True)
+    return report
 
 
 def flat_settings(settings: dict) -> dict:
@@ -254,12 +270,14 @@ def recall(repo: Path, folder: Path, plan: Plan, journal: Journal) -> dict | Non
 
 def begin(repo: Path, folder: Path, plan: Plan, base: str) -> dict:
     """The study's first commit and settings.json; the branch follows in `settle`."""
-    name = plan.study.name
+    name, base = plan.study.name, plan.origin["commit"] if plan.origin else base
     if changed := workspace.uncommitted(repo):
         names = ", ".join(changed[:3]) + (", ..." if len(changed) > 3 else "")
         print(f"{len(changed)} uncommitted changes are not part of the study: {names}", flush=True)
     with workspace.worktree(repo, folder / "trials/000/worktree", base) as tree:
         first = workspace.write_first_commit(tree, plan.config, name, marks_of(folder, 0))
+    if plan.origin:
+        remember(folder.parent, folder, plan.origin)
     settings = {
         "name": name,
         "branch": f"study/{name}",

@@ -62,6 +62,11 @@ class Mirror:
         self.missed.append(trial)
         self._catch_up()
 
+    def log_promotion(self, entry: dict[str, Any], files: list[Path], register) -> None:
+        """One finished child, of what promotion_report.entry says. `register(run_id)` puts its
+        model into the registry; where it returns False, the child is made again next time."""
+        self._try(lambda: self._write_promotion(entry, files, register))
+
     def reconcile(self, journal: Journal) -> None:
         """Mirror the trials that are missing; delete children that the journal does not have."""
         self.trials = {trial.number: trial for trial in journal.trials}
@@ -71,6 +76,8 @@ class Mirror:
         def compare():
             wanted = {journal_digest(trial): trial.number for trial in journal.trials}
             for child in self.store.children(self.run.run_id):
+                if child.data.tags.get("kind") != "trial":  # a promotion
+                    continue
                 number = wanted.get(child.data.tags.get("journal"))
                 if number is None or number in done:
                     self.store.delete(child.info.run_id)
@@ -166,6 +173,27 @@ class Mirror:
         child.close("FINISHED" if trial.status == "ok" else "FAILED", ended_ms)
         child.tags({"journal": journal_digest(trial)})
         self._progress(trial, ended_ms)
+
+    def _write_promotion(self, entry: dict[str, Any], files: list[Path], register) -> None:
+        tags = entry["tags"] | {"study": self.name, "study_id": self._study_id()}
+        own = {"study_id": self._study_id(), "promotion": entry["tags"]["promotion"]}
+        for child in self.store.find(kind="promotion", **own):
+            if child.data.tags.get("journal") == entry["digest"]:
+                return
+            self.store.delete(child.info.run_id)
+        parent = self.run.run_id
+        child = self.store.start(
+            entry["name"], "promotion", parent, tags=tags, watched=False, strict=True
+        )
+        child.params(entry["params"])
+        child.metrics(entry["metrics"])
+        child.describe(entry["note"])
+        for file in files:
+            child.artifact(file)
+        sealed = register(child.run_id)
+        child.close("FINISHED" if sealed else "FAILED")
+        if sealed:
+            child.tags({"journal": entry["digest"]})
 
     def _tags(self, trial: Trial) -> dict[str, Any]:
         proposal = trial.proposal

@@ -35,6 +35,7 @@ from nightshift.fixed.result import (
     LOG_FILE,
     RESULT_FILE,
     SCRATCH_FOLDER,
+    TEST_RESULT_FILE,
     TRAINING_FILE,
     Result,
     Training,
@@ -214,12 +215,26 @@ class Bench:
         )
         return Result(status="invalid", message=message, training=result.training)
 
-    def _execute(self, module: str, what: str, folder: Path, limit_s: float) -> Result | None:
+    def read_test(self, folder: Path, limit_s: float) -> tuple[Result | None, str]:
+        """The one reading of test for the run in `folder`, and why it has no number. Not repeated:
+        what an earlier call left counts, and the ledger refuses another (fixed/ledger.py)."""
+        if (folder / TEST_RESULT_FILE).exists():
+            return _read(read_result, folder / TEST_RESULT_FILE), ""
+        self.show("reading test")
+        module, limit_s = self.target.evaluate, limit_s + EVALUATE_LIMIT_S
+        problem = self._execute(module, "evaluation", folder, limit_s, "split=test")
+        result = _read(read_result, folder / TEST_RESULT_FILE)
+        why = result or problem or _crash("the reading of test", folder, self.tree)
+        return result, why.message or ""
+
+    def _execute(
+        self, module: str, what: str, folder: Path, limit_s: float, *more: str
+    ) -> Result | None:
         """Run a module to its end. Returns what went wrong, or None; its files say the rest.
 
         A process that somebody outside killed is started once more.
         """
-        args = [f"run={folder}", f"tree={self.tree}"]
+        args = [f"run={folder}", f"tree={self.tree}", *more]
         for _ in range(2):
             code = self._attempt(module, args, folder / LOG_FILE, limit_s)
             if code is None:

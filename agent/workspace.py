@@ -17,6 +17,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +45,7 @@ from nightshift.fixed.result import digests_of_blobs
 CODE_FILES, CONF_FOLDERS = VAL.files, VAL.folders
 CHAMPION = "conf/trial/champion.yaml"
 RECORDS = ("params.yaml", "dvc.lock", "champion")  # what a kept trial's second commit carries
+PUBLISH = ("publish", "promote")  # the module; its name in studies begun before 2026-11-25
 # conf/ holds plain values: nothing that reaches into other groups, names a class or is computed
 NOT_A_VALUE = re.compile(r"\$\{|@package|_target_|^\s*defaults\s*:", re.MULTILINE)
 
@@ -132,6 +134,16 @@ def place_of(repo: Path, branch: str) -> str | None:
 
 
 @contextmanager
+def conf_at(repo: Path, commit: str) -> Iterator[Path]:
+    """A copy of a commit's conf/, for the time of the block."""
+    with tempfile.TemporaryDirectory(prefix="nightshift_") as place:
+        archive = Path(place, "conf.tar")
+        git(repo, "archive", f"--output={archive}", commit, "conf")
+        shutil.unpack_archive(archive, place, filter="data")
+        yield Path(place, "conf")
+
+
+@contextmanager
 def worktree(repo: Path, folder: Path, commit: str) -> Iterator[Path]:
     """A detached working tree of `commit` at `folder`, removed at the end."""
     remove_worktree(repo, folder)
@@ -168,8 +180,12 @@ def remove_worktrees_under(repo: Path, folder: Path) -> None:
             remove_worktree(repo, path)
 
 
-def settle(repo: Path, name: str, journal: Journal, first_commit: str) -> str | None:
+def settle(
+    repo: Path, name: str, journal: Journal, first_commit: str, promoted: str | None = None
+) -> str | None:
     """Make the refs say what the journal says. Returns a note if the branch had to stay.
+
+    `promoted`: the incumbent's commit at a larger scale (promotion.py), where the branch then is.
 
     Idempotent: after a kill between the journal's append and this, it is done again.
     """
@@ -178,7 +194,7 @@ def settle(repo: Path, name: str, journal: Journal, first_commit: str) -> str | 
         if trial.commit and refs.get(trial_ref(name, trial.number)) != trial.commit:
             point_trial(repo, name, trial.number, trial.commit)
     branch = f"refs/heads/study/{name}"
-    head = journal.incumbent.commit if journal.incumbent else first_commit
+    head = promoted or (journal.incumbent.commit if journal.incumbent else first_commit)
     if refs.get(branch) == head:
         return None
     if place := place_of(repo, f"study/{name}"):
@@ -195,27 +211,35 @@ def point_trial(repo: Path, name: str, number: int, commit: str) -> None:
     git(repo, "update-ref", trial_ref(name, number), commit)
 
 
+def promotion_ref(name: str, number: int, arm: str) -> str:
+    return f"refs/promotions/{name}/{number:03d}/{arm}"
+
+
 def refs_of(repo: Path, name: str) -> dict[str, str]:
-    """The study's branch and the refs of its trials: full name -> commit."""
-    patterns = f"refs/heads/study/{name}", f"refs/trials/{name}/"
+    """The study's branch, the refs of its trials and of its promotions: full name -> commit."""
+    patterns = f"refs/heads/study/{name}", f"refs/trials/{name}/", f"refs/promotions/{name}/"
     lines = git(repo, "for-each-ref", "--format=%(refname) %(objectname)", *patterns).splitlines()
     refs = dict(line.rsplit(" ", 1) for line in lines)
     # A pattern also matches what lies below it: study/a is not study/a/b.
     return {
-        ref: at for ref, at in refs.items() if ref == patterns[0] or ref.startswith(patterns[1])
+        ref: at for ref, at in refs.items() if ref == patterns[0] or ref.startswith(patterns[1:])
     }
 
 
 def forget_command(name: str) -> str:
     """What a person runs to remove a study's refs."""
-    patterns = f"refs/heads/study/{name} refs/trials/{name}/"
+    patterns = f"refs/heads/study/{name} refs/trials/{name}/ refs/promotions/{name}/"
     return f"git for-each-ref --format='delete %(refname)' {patterns} | git update-ref --stdin"
 
 
 def remove_stale_locks(repo: Path, name: str) -> None:
     """Lock files that a killed git left on this study's refs. The caller holds the study's lock."""
     refs = Path(git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir")) / "refs"
-    for lock in [refs / f"heads/study/{name}.lock", *(refs / f"trials/{name}").glob("*.lock")]:
+    below = [
+        *(refs / f"trials/{name}").glob("*.lock"),
+        *(refs / f"promotions/{name}").rglob("*.lock"),
+    ]
+    for lock in [refs / f"heads/study/{name}.lock", *below]:
         lock.unlink(missing_ok=True)
 
 
@@ -231,15 +255,20 @@ def _commit(tree: Path, message: str, paths: list[str]) -> str:
 def write_first_commit(tree: Path, config: Config, name: str, marks: dict[str, str]) -> str:
     """Commit champion.yaml and params.yaml so that the branch alone says what the baseline ran."""
     wanted = flatten(reproducible(config.model_dump()))
-    default = flatten(reproducible(compose(tree / "conf", "config", [])))
+    return commit_values(tree, wanted, f"study {name}: the baseline's configuration", marks)
+
+
+def commit_values(tree: Path, wanted: dict[str, Any], title: str, marks: dict[str, str]) -> str:
+    """Commit a champion.yaml, and its params.yaml, with which conf/ composes to `wanted` (flat)."""
+    default = flatten(compose(tree / "conf", "config", []))
     changes = {key: value for key, value in wanted.items() if default.get(key, ...) != value}
     merge_into_champion(tree / CHAMPION, changes)
-    composed = flatten(reproducible(check(compose(tree / "conf", "config", [])).model_dump()))
+    composed = flatten(resolve(tree).model_dump())
     if lost := [key for key, value in wanted.items() if composed[key] != value]:
         raise StudyError(f"{CHAMPION} cannot set {lost[0]}: a file after it in conf/ sets it again")
     write_params(tree, marks)
     present = [path for path in (CHAMPION, "params.yaml") if (tree / path).exists()]
-    return _commit(tree, f"study {name}: the baseline's configuration", present)
+    return _commit(tree, title, present)
 
 
 def reproducible(values: dict[str, Any]) -> dict[str, Any]:
@@ -514,5 +543,6 @@ def settle_dvc(tree: Path, run_folder: Path, marks: dict[str, str]) -> None:
     Where the project has no dvc.yaml, only params.yaml is written.
     """
     write_params(tree, marks)
-    if (tree / "dvc.yaml").exists() and (tree / "src/nightshift/promote.py").exists():
-        run_module(tree, marks, "nightshift.promote", f"run={run_folder}")
+    module = next((m for m in PUBLISH if (tree / f"src/nightshift/{m}.py").exists()), None)
+    if module and (tree / "dvc.yaml").exists():
+        run_module(tree, marks, f"nightshift.{module}", f"run={run_folder}")

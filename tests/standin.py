@@ -113,6 +113,8 @@ if behaviour == "uneven":  # a gain that needs many seeds to be seen
 weather = Path(values["runtime"]["shared_cache_dir"]) / "weather"  # the machine's, between runs
 noise += float(weather.read_text()) if weather.exists() else 0.0
 lr = values["optim"]["matrix_lr"]
+if behaviour == "small only" and values["model"]["depth"] > 4:
+    noise += 0.1
 val_bpb = 2.0 + 10 * abs(lr - 0.04) + noise - model["BONUS"]
 training = json.loads((folder / "training.json").read_text())
 fixed, editable = code_digests(tree)
@@ -128,8 +130,14 @@ if behaviour == "other code":
     binding["editable_code"] = "0" * 16
 names = ("files", "network", "processes", "privileges", "limits")
 binding["protections"] = {name: ["stand-in"] for name in names}
-write(folder / "result.json", {"status": "ok", "val_bpb": val_bpb, "training": training,
-      "binding": binding, "forward_cpu_s": 111.111})
+result = {"status": "ok", "val_bpb": val_bpb, "training": training, "binding": binding,
+          "forward_cpu_s": 111.111}
+if given.get("split") == "test":
+    with open(tree.parents[5] / "tests_read.log", "a") as file:
+        file.write(f"{folder}\\n")
+    write(folder / "test_result.json", result | {"val_bpb": val_bpb + 1, "split": "test"})
+else:
+    write(folder / "result.json", result)
 """
 
 

@@ -94,6 +94,58 @@ def test_a_study_is_told_alike_by_the_journal_mlflow_and_dvc(clone):
     )
 
 
+PLAIN_MLFLOW = """
+import sys
+import mlflow
+model = mlflow.pyfunc.load_model("models:/nightshift@champion")
+said = model.predict({"messages": [{"role": "user", "content": "Hello"}]}, {"max_tokens": 6})
+print(said["usage"]["completion_tokens"], sys.modules["nightshift"].__file__)
+"""
+
+
+def test_a_promoted_champion_is_reproduced_by_dvc_and_loaded_by_mlflow(clone):
+    """A keep is forced: the baseline trains its embeddings ten times too slowly."""
+    change = {"title": "faster embeddings", "hypothesis": "They lag.", "source": "test"}
+    change |= {"overrides": {"optim.embedding_lr": 0.2}, "edits": []}
+    place = clone / "outputs/studies/p/trials/001/proposal.json"
+    place.parent.mkdir(parents=True)
+    place.write_text(json.dumps(change))
+    slow = ["optim.embedding_lr=0.02", "study.baseline_seeds=[1,2]", "study.false_keeps=100"]
+    small = ["model.depth=2", "budget.kind=tokens", "budget.amount=20000", *SMALL[2:]]
+    run(clone, "nightshift.cli", "study", "study.name=p", "study.trials=1", *slow, *small)
+    said = run(clone, "nightshift.cli", "promote", "p", "budget.amount=30000")
+    assert "models:/nightshift@champion" in said
+
+    line = json.loads((clone / "outputs/studies/p/promotions.jsonl").read_text())
+    folder = clone / "outputs/studies/p" / line["run"]
+    assert line["test_bpb"] > 0 and line["dvc_md5"].endswith(".dir")
+    refused = run(clone, "nightshift.cli", "evaluate", f"run={folder}", "split=test", ok=False)
+    assert "a second reading is refused" in refused and len(refused.splitlines()) == 1
+
+    done = subprocess.run(
+        [sys.executable, "-c", PLAIN_MLFLOW],
+        cwd=clone.parent,
+        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        | {"MLFLOW_TRACKING_URI": f"sqlite:///{clone}/outputs/mlflow/mlflow.db"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "/artifacts/code/nightshift/" in done.stdout, "with its own code, not this checkout's"
+
+    other = clone.with_name("promoted")
+    subprocess.run(["git", "clone", "-q", str(clone), str(other)], check=True)
+    subprocess.run(["git", "checkout", "-q", "study/p"], cwd=other, check=True)
+    run(other, "dvc", "cache", "dir", "--local", str(clone / ".dvc/cache"))
+    assert "Running stage" not in run(other, "dvc", "repro", "evaluate")
+    number = json.loads((other / "champion/metrics.json").read_text())["val_bpb"]
+    assert "Running stage 'pretrain'" in run(
+        other, "dvc", "repro", "-f", "--no-run-cache", "pretrain", "evaluate", "--single-item"
+    )
+    again = json.loads((other / "champion/metrics.json").read_text())["val_bpb"]
+    assert again == number == line["arms"][1]["runs"][0]["val_bpb"], "to the last digit"
+
+
 def test_a_sweep_with_a_bad_job_keeps_the_others(clone):
     from nightshift.fixed.config import Tracking
     from nightshift.fixed.tracking import open_store

@@ -1,6 +1,7 @@
 """Test is read once for each winner."""
 
 import json
+import subprocess
 import threading
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import save_file
 from tiny import config
 
 from nightshift.fixed.config import ConfigError
-from nightshift.fixed.ledger import read_test_once
+from nightshift.fixed.ledger import main_checkout, read_test_once
 from nightshift.fixed.result import TRAINING_FILE, Result, Training, write_json
 
 
@@ -79,3 +80,17 @@ def test_of_two_at_once_one_reads(tmp_path):
     for thread in threads:
         thread.join()
     assert sorted(outcomes, key=str) == [1.25, None, None, None]
+
+
+def test_the_ledger_of_a_worktree_is_that_of_its_main_checkout(tmp_path):
+    """A study scores from a worktree that goes away; what was read there stays read."""
+    main, tree = tmp_path / "main", tmp_path / "tree"
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+    for command in (
+        ["init", "-q", str(main)],
+        ["-C", str(main), *identity, "commit", "-q", "--allow-empty", "-m", "start"],
+        ["-C", str(main), "worktree", "add", "-q", "--detach", str(tree)],
+    ):
+        subprocess.run(["git", *command], check=True)
+    assert main_checkout(tree) == main_checkout(main) == main
+    assert main_checkout(tmp_path) == tmp_path, "no repository"

@@ -62,6 +62,13 @@ def test_what_is_no_conversation_is_one_line(function):
         function.predict(None, {"messages": [{"role": "user", "content": "x" * 500}]})
 
 
+def test_what_the_model_needs_can_be_asked_of_the_public_index():
+    """A local build's name (2.13.0+cpu) is not there."""
+    needed = mlflow_model.requirements()
+    assert any(line.startswith("torch==2.") for line in needed)
+    assert not [line for line in needed if "+" in line or "==" not in line]
+
+
 def test_without_tracking_there_is_nowhere_to_register(folder):
     off = Tracking(enabled=False, uri=None, experiment="x")
     with pytest.raises(ConfigError, match="tracking=off"):
@@ -74,7 +81,10 @@ def store(folder, tmp_path_factory) -> str:
     place = tmp_path_factory.mktemp("store")
     uri = f"sqlite:///{place}/mlflow.db"
     tracking = Tracking(enabled=True, uri=uri, experiment="nightshift")
-    versions = [mlflow_model.register(folder, "tiny", "champion", tracking) for _ in range(2)]
+    known = {"card": "# A card", "tags": {"dvc_md5": "0a1b.dir"}}
+    versions = [
+        mlflow_model.register(folder, "tiny", "champion", tracking, **more) for more in ({}, known)
+    ]
     assert versions == ["1", "2"]
     return uri
 
@@ -93,7 +103,9 @@ def test_the_alias_the_card_and_the_numbers_are_in_the_registry(store):
     client = MlflowClient(store, store)
     version = client.get_model_version_by_alias("tiny", "champion")
     assert version.version in (2, "2")
-    assert version.tags["val_bpb"] == "1.700000" and "| val_bpb" in version.description
+    assert version.tags["val_bpb"] == "1.700000" and version.description == "# A card"
+    assert version.tags["dvc_md5"] == "0a1b.dir"
+    assert "| val_bpb" in client.get_model_version("tiny", "1").description
     run = client.get_run(version.run_id)
     assert run.info.status == "FINISHED" and run.data.metrics["val_bpb"] == 1.7
 

@@ -92,6 +92,37 @@ def study(tmp_path, store):
     mirror.close_study()
 
 
+ENTRY = {
+    "name": "promotion 1 holds", "digest": "d1", "params": {"model.depth": 8}, "note": "It holds.",
+    "tags": {"promotion": 1, "verdict": "holds"}, "metrics": {"gain": 0.02, "test_bpb": None},
+}  # fmt: skip
+
+
+def test_a_promotion_is_one_child_that_a_resumed_study_leaves_alone(study, tmp_path):
+    study.mirror.log_trial(study.journal.trials[0])
+    (tmp_path / "CARD.md").write_text("# card")
+    registered = []
+
+    def promote(works: bool) -> list:
+        def register(run_id: str) -> bool:
+            registered.append(run_id)
+            return works
+
+        study.mirror.log_promotion(ENTRY, [tmp_path / "CARD.md"], register)
+        study.mirror.reconcile(study.journal)
+        found = study.store.children(study.mirror.run.run_id)
+        return [run for run in found if run.data.tags["kind"] == "promotion"]
+
+    (run,) = promote(works=False)
+    assert run.info.status == "FAILED", "the registry was down"
+    (run,) = promote(works=True)
+    assert run.info.status == "FINISHED" and run.data.metrics == {"gain": 0.02}
+    assert run.data.params == {"model.depth": "8"} and run.data.tags["verdict"] == "holds"
+    assert [a.path for a in study.store.client.list_artifacts(run.info.run_id)] == ["CARD.md"]
+    assert [again.info.run_id for again in promote(works=True)] == [run.info.run_id]
+    assert len(registered) == 2, "once it is sealed, nothing is registered again"
+
+
 def children(study) -> dict:
     return {run.data.tags["trial"]: run for run in study.store.children(study.mirror.run.run_id)}
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.journal import Journal
+from agent.journal import Journal, Trial
 from agent.target import VAL, Target
 
 
@@ -27,4 +27,6 @@ class Context:
         [str], str | None
     ]  # path in the repository -> the incumbent's text, None: no file
     target: Target = VAL  # what the study is judged by
+    # Trials of earlier studies (study.after): what was thought of, not numbers to compare with.
+    memory: list[Trial] = field(default_factory=list)
     note: Callable[[str], None] = field(default=lambda text: None)  # one line for the person

@@ -8,7 +8,8 @@ another target than val_bpb is judged, recipes/<target>/*.yaml.
     overrides: {model.mlp_ratio: 3}     # optional
 
 `search` occurs exactly once in the file. A recipe that no longer fits the incumbent's code is left
-out with a note; it is no trial.
+out with a note; it is no trial. In a study that begins after another one, what that one kept is
+left out, and what it tried in vain comes last.
 """
 
 import random
@@ -17,7 +18,7 @@ from typing import Any
 
 import yaml
 
-from agent.journal import Edit, Proposal
+from agent.journal import Edit, Proposal, Trial
 from agent.proposers import Context
 from agent.target import VAL, Target
 from nightshift.fixed.config import ConfigError
@@ -33,7 +34,7 @@ def propose(context: Context, folder: Path | None = None) -> Proposal | None:
     tried = {t.proposal.title for t in context.journal.trials if t.proposal.source == "recipes"}
     recipes = read_recipes(folder or folder_of(context.target))
     random.Random(f"recipes/{context.seed}").shuffle(recipes)
-    for recipe in recipes:
+    for recipe in _by_memory(recipes, context.memory):
         if recipe.title in tried:
             continue
         if misfit := _misfit(recipe, context):
@@ -41,6 +42,14 @@ def propose(context: Context, folder: Path | None = None) -> Proposal | None:
             continue
         return recipe
     return None
+
+
+def _by_memory(recipes: list[Proposal], memory: list[Trial]) -> list[Proposal]:
+    """What an earlier study kept is in the code already; what it did not keep comes last."""
+    known = [t for t in memory if t.proposal.source == "recipes"]
+    kept = {t.proposal.title for t in known if t.decision == "keep"}
+    tried = {t.proposal.title for t in known}
+    return sorted((r for r in recipes if r.title not in kept), key=lambda r: r.title in tried)
 
 
 def _misfit(recipe: Proposal, context: Context) -> str | None:

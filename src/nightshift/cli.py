@@ -12,6 +12,10 @@ COMMANDS = {
         "agent.loop",
         "run a study: baseline, then trials; keep what is better (resumes by name)",
     ),
+    "promote": (
+        "agent.promote",
+        "a study's champion at a larger scale: ablation, test once, registry",
+    ),
     "report": ("agent.report", "chart, table and summary of a study"),
     "pretrain": (
         "nightshift.pretrain",

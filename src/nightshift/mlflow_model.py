@@ -37,6 +37,7 @@ SETTINGS = (
     ("max_tokens", "long", 128),
     ("seed", "long", -1),
 )
+MAX_DESCRIPTION_CHARS = 5000  # of a version, in MLflow's database
 CODE_FILE, CARD_FILE = "model.py", "CARD.md"
 
 
@@ -103,14 +104,16 @@ def register(
     name: str = "nightshift",
     alias: str | None = "champion",
     tracking: Tracking | None = None,
+    card: str | None = None,
+    tags: dict[str, str] | None = None,
+    run_id: str | None = None,
 ) -> str:
     """Logs the checkpoint in `folder` as a version of the model `name`; returns the version.
 
-    The alias moves to it. Raises ConfigError.
+    The alias moves to it. `run_id`: of the MLflow run that it belongs to, which stays open; else a
+    new one. Raises ConfigError.
     """
-    import mlflow
-
-    from nightshift.fixed.tracking import load_tracking, open_store, reported
+    from nightshift.fixed.tracking import load_tracking, open_store
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
@@ -119,18 +122,15 @@ def register(
         raise ConfigError("tracking=off: a model is registered in MLflow's store; leave it on")
     store = open_store(tracking)
     known = catalogue.facts(folder)
+    card = card or _card(folder)
+    if run_id:
+        return _log_version(store, run_id, folder, name, alias, card, tags or {})
     log = store.start(
         f"register {name}", "model", tags={"commit": known.get("commit")}, strict=True
     )
     ended = "FAILED"
     try:
-        with reported(store.uri):
-            mlflow.set_tracking_uri(store.uri)
-            mlflow.set_registry_uri(store.uri)
-            with mlflow.start_run(run_id=log.run_id):
-                info = _log_model(folder, name)
-            found = str(info.registered_model_version)
-            _describe(store.client, name, found, folder, alias)
+        found = _log_version(store, log.run_id, folder, name, alias, card, tags or {})
         log.metrics({key: known[key] for key in ("val_bpb", "chat_bpb")})
         ended = "FINISHED"
         return found
@@ -138,7 +138,24 @@ def register(
         log.close(ended)
 
 
-def _log_model(folder: Path, name: str):
+def _log_version(store, run_id: str, folder: Path, name: str, alias, card: str, tags: dict) -> str:
+    import mlflow
+
+    from nightshift.fixed.tracking import reported
+
+    with reported(store.uri):
+        mlflow.set_tracking_uri(store.uri)
+        mlflow.set_registry_uri(store.uri)
+        with mlflow.start_run(run_id=run_id):
+            info = _log_model(folder, name, card)
+        found = str(info.registered_model_version)
+        _describe(store.client, name, found, folder, card, tags)
+        if alias:
+            store.client.set_registered_model_alias(name, alias, found)
+    return found
+
+
+def _log_model(folder: Path, name: str, card_text: str):
     import tempfile
 
     import mlflow
@@ -147,7 +164,7 @@ def _log_model(folder: Path, name: str):
     with tempfile.TemporaryDirectory() as place:
         code, card = Path(place, CODE_FILE), Path(place, CARD_FILE)
         code.write_text(catalogue.model_source(folder), encoding="utf-8")
-        card.write_text(_card(folder), encoding="utf-8")
+        card.write_text(card_text, encoding="utf-8")
         return mlflow.pyfunc.log_model(
             name="model",
             python_model=str(package / "mlflow_entry.py"),
@@ -155,27 +172,30 @@ def _log_model(folder: Path, name: str):
             code_paths=[str(package)],
             signature=signature(),
             input_example=EXAMPLE,
-            pip_requirements=[f"{library}=={version(library)}" for library in LIBRARIES],
+            pip_requirements=requirements(),
             registered_model_name=name,
             await_registration_for=60,
         )
+
+
+def requirements() -> list[str]:
+    """Exact versions; without the local part, for the public index has no 2.13.0+cpu."""
+    return [f"{library}=={version(library).split('+')[0]}" for library in LIBRARIES]
 
 
 def _card(folder: Path) -> str:
     return export.facts_table(folder, Tokenizer.load(folder / "tokenizer"))
 
 
-def _describe(client, name: str, version: str, folder: Path, alias: str | None) -> None:
+def _describe(client, name: str, version: str, folder: Path, card: str, tags: dict) -> None:
     client.update_registered_model(
         name, "A language model of nightshift's: chat messages in, an answer out."
     )
-    client.update_model_version(name, version, _card(folder))
+    client.update_model_version(name, version, card[:MAX_DESCRIPTION_CHARS])
     numbers = {key: catalogue.facts(folder)[key] for key in ("val_bpb", "chat_bpb")}
-    for key, value in numbers.items():
-        if value is not None:
-            client.set_model_version_tag(name, version, key, f"{value:.6f}")
-    if alias:
-        client.set_registered_model_alias(name, alias, version)
+    found = {key: f"{value:.6f}" for key, value in numbers.items() if value is not None}
+    for key, value in (found | tags).items():
+        client.set_model_version_tag(name, version, key, value)
 
 
 def main(arguments: list[str]) -> int:
@@ -188,11 +208,17 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--name", default="nightshift", help="of the model (%(default)s)")
     parser.add_argument("--alias", default="champion", help="that moves to it (%(default)s)")
     parser.add_argument("overrides", nargs="*", help="tracking.uri=...")
+    parser.add_argument("--card", type=Path, help="a Markdown file; else a table of its facts")
+    parser.add_argument("--run", help="id of the MLflow run that it belongs to; else a new one")
+    parser.add_argument("--tag", action="append", default=[], help="key=value of the version")
     args = parser.parse_args(arguments)
     try:
         folder = catalogue.find(args.checkpoint).folder
-        found = register(folder, args.name, args.alias, load_tracking(args.overrides))
-    except (ConfigError, ValueError) as error:
+        card = args.card and args.card.read_text(encoding="utf-8")
+        tags = dict(tag.split("=", 1) for tag in args.tag)
+        tracking = load_tracking(args.overrides)
+        found = register(folder, args.name, args.alias, tracking, card, tags, args.run)
+    except (ConfigError, ValueError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
     print(f"models:/{args.name}/{found}")

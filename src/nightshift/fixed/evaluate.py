@@ -31,6 +31,7 @@ from nightshift.fixed.result import (
     CONFIG_FILE,
     EDITABLE_MODULES,
     RESULT_FILE,
+    TEST_RESULT_FILE,
     TRAINING_FILE,
     Result,
     Training,
@@ -243,6 +244,12 @@ class Scoring:
         }
 
 
+def read_test(run: Path, config: Config, tree: Path) -> Result:
+    result = evaluate(run, config, tree, "test")
+    write_json(run / TEST_RESULT_FILE, result)  # before the ledger's line: a kill loses no number
+    return result
+
+
 def usage() -> int:
     print(
         "usage: nightshift evaluate run=<folder of a run> [split=test], "
@@ -270,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         tree = Path(given.get("tree", ROOT))
         if split == "test":
-            result = ledger.read_test_once(run, config, lambda: evaluate(run, config, tree, "test"))
+            result = ledger.read_test_once(run, config, lambda: read_test(run, config, tree))
         else:
             result = evaluate(run, config, tree)
             write_json(run / RESULT_FILE, result)

@@ -1,6 +1,7 @@
 """The test split is read once for each winner; each reading is written down before it happens.
 
-outputs/test_ledger.jsonl, one JSON line a reading: synced first, then the text is opened. A second
+outputs/test_ledger.jsonl of the main checkout, whichever git worktree the reader runs in; one JSON
+line a reading: synced first, then the text is opened. A second
 reading of the same weights, or of another checkpoint of the same code, configuration and seed, is
 refused and told the first one's number. A reading that failed counts: looking is what is limited.
 
@@ -20,14 +21,14 @@ from nightshift.fixed.checkpoint import weights_sha256
 from nightshift.fixed.config import ROOT, Config, ConfigError, config_digest
 from nightshift.fixed.result import CHECKPOINT_FOLDER, TRAINING_FILE, Result, read_training
 
-LEDGER = ROOT / "outputs" / "test_ledger.jsonl"
+LEDGER = "outputs/test_ledger.jsonl"
 
 
 def read_test_once(
     run: Path, config: Config, read: Callable[[], Result], ledger: Path | None = None
 ) -> Result:
     """`read()` if nobody has read test for this winner yet. Raises ConfigError."""
-    ledger = ledger or LEDGER
+    ledger = ledger or main_checkout() / LEDGER
     winner = name_of(run, config)
     ledger.parent.mkdir(parents=True, exist_ok=True)
     with open(ledger, "a+", encoding="utf-8") as file:
@@ -44,6 +45,18 @@ def read_test_once(
         fcntl.flock(file, fcntl.LOCK_EX)
         _append(file, {"of": number, "status": result.status, "test_bpb": result.val_bpb})
     return result
+
+
+def main_checkout(root: Path = ROOT) -> Path:
+    """The checkout that `root` is a git worktree of; `root` itself where it is none."""
+    link = root / ".git"
+    if not link.is_file():
+        return root
+    place = root / link.read_text(encoding="utf-8").removeprefix("gitdir:").strip()
+    common = place / "commondir"
+    if not common.is_file():  # a submodule
+        return root
+    return (place / common.read_text(encoding="utf-8").strip()).resolve().parent
 
 
 def name_of(run: Path, config: Config) -> dict[str, Any]:

@@ -17,6 +17,7 @@ STATUSES = ("ok", "crash", "timeout", "oom", "diverged", "invalid")
 
 TRAINING_FILE = "training.json"  # in the run's folder
 RESULT_FILE = "result.json"
+TEST_RESULT_FILE = "test_result.json"  # of a winner, from its one reading of test
 CURVE_FILE = "curve.jsonl"  # one JSON object a line: step, progress, elapsed_s, loss, ...
 CHECKPOINT_FOLDER = "checkpoint"
 SAMPLES_FILE = "samples.json"  # [{"prompt": ..., "completion": ...}]

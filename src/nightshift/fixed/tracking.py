@@ -35,7 +35,7 @@ import psutil
 
 from .config import CONF, ROOT, Config, ConfigError, Tracking, check, flatten
 
-KINDS = ("pretrain", "sft", "sweep", "study", "trial", "model")
+KINDS = ("pretrain", "sft", "sweep", "study", "trial", "promotion", "model")
 MAX_PARAM_CHARS = 6000  # MLflow's limits: longer values are refused or cut with a warning
 MAX_TAG_CHARS = 8000
 NOT_PARAMS = (  # paths, addresses, ids: the same for all runs, or of no meaning elsewhere

@@ -4,7 +4,7 @@ Puts the run's data, checkpoint, curve and numbers where dvc.yaml has them, and 
 (`dvc commit`): afterwards `dvc repro` has nothing to do. In a git worktree the main checkout's DVC
 cache is used, so that the files are there for every clone that shares it.
 
-    python -m nightshift.promote run=outputs/pretrain/<run>
+    python -m nightshift.publish run=outputs/pretrain/<run>
 """
 
 import os
@@ -18,6 +18,7 @@ from nightshift.fixed.chats import ensure_chats
 from nightshift.fixed.checkpoint import read_config, write_config
 from nightshift.fixed.config import ROOT, Config, ConfigError
 from nightshift.fixed.corpus import ensure_corpus
+from nightshift.fixed.ledger import main_checkout
 from nightshift.fixed.result import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
@@ -34,7 +35,7 @@ STAGES = ("compose", "corpus", "tokenizer", "tokens", "pretrain", "evaluate")
 CHAT_STAGES = ("chats", "sft", "chat_evaluate")  # what a tuning stands for besides
 
 
-def promote(run: Path) -> None:
+def publish_run(run: Path) -> None:
     share_cache()
     config = read_config(run / CONFIG_FILE)
     place_data(config)
@@ -101,10 +102,7 @@ def share_cache() -> None:
 
     Written to .dvc/config.local, which git ignores.
     """
-    git = ["git", "-C", str(ROOT), "rev-parse", "--path-format=absolute", "--git-common-dir"]
-    main = Path(
-        subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    ).parent
+    main = main_checkout()
     local = ROOT / ".dvc" / "config.local"
     if main.resolve() == ROOT.resolve() or local.exists():
         return
@@ -116,10 +114,10 @@ def share_cache() -> None:
 
 def main() -> int:
     if len(sys.argv) != 2 or not sys.argv[1].startswith("run="):
-        print("usage: python -m nightshift.promote run=<folder of a run>", file=sys.stderr)
+        print("usage: python -m nightshift.publish run=<folder of a run>", file=sys.stderr)
         return 2
     try:
-        promote(Path(sys.argv[1].removeprefix("run=")).resolve())
+        publish_run(Path(sys.argv[1].removeprefix("run=")).resolve())
     except (ConfigError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
