@@ -72,13 +72,13 @@ def for_runs(study: Study, config: Config) -> Config:
 def trained_once(study: Study) -> Base:
     tree = study.folder / BASE_FOLDER  # at the study's first commit
     config = workspace.resolve(tree)
-    folder = cache(study) / digest(recipe(study.repo, tree, config))
+    folder = cache(study) / digest(recipe(tree, config))
     if not is_whole(folder):
         pretrain(study, tree, config, folder)
     return read_base(folder)
 
 
-def recipe(repo: Path, tree: Path, config: Config) -> dict[str, Any]:
+def recipe(tree: Path, config: Config) -> dict[str, Any]:
     """What the base is made of: values and files, as dvc.yaml names them."""
     stages = yaml.safe_load((tree / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
     upstream = [stages[name] for name in UPSTREAM]

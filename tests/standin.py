@@ -23,10 +23,10 @@ BONUS = 0.0
 """
 
 COMMON = """
-import hashlib, json, os, runpy, sys, time
+import hashlib, json, os, runpy, shutil, sys, time
 from pathlib import Path
 import yaml
-from nightshift.fixed.result import code_digests
+from nightshift.fixed.result import TUNING_MODULES, code_digests
 
 given = dict(argument.split("=", 1) for argument in sys.argv[1:])
 folder, tree = Path(given["run"]), Path(given["tree"])
@@ -88,13 +88,15 @@ if behaviour == "killed once" and not (folder.parent / "killed").exists() and no
 if behaviour == "killed always" and not is_preflight:
     os.kill(os.getpid(), 9)
 cpu_s = 9.0 if behaviour == "toil" else 0.1
+(folder / "checkpoint").mkdir(exist_ok=True)
+(folder / "checkpoint" / "model.safetensors").write_text(str(model["BONUS"]))
+shutil.copy(folder / "config.yaml", folder / "checkpoint")
+weights_sha256 = hashlib.sha256(str(model["BONUS"]).encode()).hexdigest()
 training = {"status": "ok", "steps": 3, "tokens": 300, "train_s": 0.1, "steps_cpu_s": cpu_s,
             "tokens_per_s": 3000.0, "seed": seed, "data_digest": "d" * 12,
-            "config_digest": config_digest(values), "weights_sha256": "w" * 64}
+            "config_digest": config_digest(values), "weights_sha256": weights_sha256}
 if behaviour == "diverge" and not is_preflight:
     training |= {"status": "diverged", "message": "loss is nan at step 2"}
-(folder / "checkpoint").mkdir(exist_ok=True)
-(folder / "checkpoint" / "weights").write_text(str(model["BONUS"]))
 write(folder / "training.json", training)
 """
 
@@ -131,7 +133,7 @@ if behaviour == "other code":
 names = ("files", "network", "processes", "privileges", "limits")
 binding["protections"] = {name: ["stand-in"] for name in names}
 result = {"status": "ok", "val_bpb": val_bpb, "training": training, "binding": binding,
-          "forward_cpu_s": 111.111}
+          "forward_cpu_s": 111.111, "weights_sha256": training["weights_sha256"]}
 if given.get("split") == "test":
     with open(tree.parents[5] / "tests_read.log", "a") as file:
         file.write(f"{folder}\\n")
@@ -139,6 +141,26 @@ if given.get("split") == "test":
 else:
     write(folder / "result.json", result)
 """
+
+# The same runs, judged by another number: better by the bonus of tuning.py, bound to their base.
+CHAT_SCORE = (
+    EVALUATE.replace("code_digests(tree)", "code_digests(tree, TUNING_MODULES)")
+    .replace('"val_bpb": val_bpb', '"chat_bpb": chat_bpb')
+    .replace(
+        "training = json",
+        """
+tuning = runpy.run_path(str(tree / "src/nightshift/tuning.py"))
+chat_bpb = 3.0 + noise - tuning["BONUS"]
+training = json""",
+    )
+    .replace(
+        'binding["protections"]',
+        """
+base = (Path(values["base"]) / "model.safetensors").read_bytes()
+binding["base_sha256"] = hashlib.sha256(base).hexdigest()
+binding["protections"]""",
+    )
+)
 
 
 def make_project(folder: Path) -> Path:
@@ -150,16 +172,21 @@ def make_project(folder: Path) -> Path:
     for name in ("__init__", "optim", "schedule", "training", "filtering", "fixed/__init__"):
         (package / f"{name}.py").write_text("")
     (package / "model.py").write_text(MODEL)
+    (package / "tuning.py").write_text("BONUS = 0.0\n")
     (package / "common.py").write_text(COMMON)
     for name, text in (
         ("corpus", FETCH),
         ("prepare", PREPARE),
         ("train", TRAIN),
         ("evaluate", EVALUATE),
+        ("chats", FETCH),
+        ("tune", TRAIN),
+        ("chat_score", CHAT_SCORE),
     ):
         (package / f"fixed/{name}.py").write_text(text)
     for name in ("result",):  # the real one
         shutil.copyfile(CHECKOUT / f"src/nightshift/fixed/{name}.py", package / f"fixed/{name}.py")
+    shutil.copyfile(CHECKOUT / "dvc.yaml", folder / "dvc.yaml")
     (folder / ".gitignore").write_text("/outputs/\n/.cache/\n__pycache__/\n/starts.log\n")
     run_git(folder, "init", "--quiet", "--initial-branch=main")
     run_git(folder, "add", ".")

@@ -142,7 +142,12 @@ CHEATS = {
 }
 
 
-@pytest.mark.parametrize("name", CHEATS)
+SLOW = "changes a shape of the base"  # like the one before it
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n == SLOW else []) for n in CHEATS]
+)
 def test_a_tuning_that_breaks_a_rule_is_invalid_and_leaves_no_number(config, tmp_path, name):
     search, replace, words = CHEATS[name]
     tree = edited(tmp_path, "tuning.py", (search, replace))
@@ -165,7 +170,11 @@ REMEMBER = LAST + (
 
 
 @pytest.mark.parametrize(
-    ("code", "words"), [(PEEK, "sees the future"), (REMEMBER, "keeps state between windows")]
+    ("code", "words"),
+    [
+        (PEEK, "sees the future"),
+        pytest.param(REMEMBER, "keeps state between windows", marks=pytest.mark.slow),
+    ],
 )
 def test_a_model_that_peeks_into_a_conversation_is_caught_by_the_probes(
     run, config, tmp_path, code, words

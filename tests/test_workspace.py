@@ -9,6 +9,7 @@ from standin import bonus, make_project, run_git, values
 from agent import workspace
 from agent.journal import Edit, Journal, Proposal, Trial
 from agent.settings import StudyError, read_plan
+from agent.target import VAL
 from agent.workspace import Refused
 
 
@@ -149,7 +150,7 @@ def test_the_digests_of_git_are_those_of_the_files(tree):
     commit, fixed, editable = workspace.code_of(tree, start)
     assert (fixed, editable) == code_digests(tree)
     assert commit == run_git(tree, "rev-parse", "HEAD")
-    assert editable != workspace._digests_at(tree, start)[1]
+    assert editable != workspace._digests_at(tree, start, VAL)[1]
 
 
 def test_a_commit_that_touches_fixed_code_is_refused(tree):
