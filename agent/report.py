@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from agent import replays
 from agent.decide import measure_noise, spent
 from agent.journal import Journal, Trial
 from agent.tracking import Mirror, number, read_identity, read_settings
@@ -64,10 +65,17 @@ def find_study(name: str, studies: Path) -> Path:
 
 
 def attach(study_folder: Path, name: str, report: Path) -> None:
-    """The report on the study's MLflow run, if it has one; a tracker that is down is one line."""
+    """The report on the study's MLflow run, if it has one."""
+    if mirror := mirror_of(study_folder, name):
+        mirror.attach_report(report)
+
+
+def mirror_of(study_folder: Path, name: str) -> Mirror | None:
+    """The mirror of a study that this process does not run; None where it has none. A tracker that
+    is down is one line."""
     identity = read_identity(study_folder)
     if not identity:
-        return
+        return None
     tracking = Tracking(
         **{
             **load_tracking().model_dump(),
@@ -79,9 +87,9 @@ def attach(study_folder: Path, name: str, report: Path) -> None:
         mirror = Mirror(open_store(tracking), name, study_folder)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return
+        return None
     mirror.attach()
-    mirror.attach_report(report)
+    return mirror
 
 
 def write_report(study_folder: Path, journal: Journal, settings: dict[str, Any]) -> Path:
@@ -91,9 +99,10 @@ def write_report(study_folder: Path, journal: Journal, settings: dict[str, Any])
     if not journal.trials:
         raise ConfigError(f"{journal.path}: no trial yet; the report needs at least the baseline")
     name = settings.get("name") or Path(study_folder).name
+    replayed = replays.section(Path(study_folder), journal.path)
     draw_progress(journal, settings.get("sigma"), name, [folder / file for file in CHART_FILES])
     (folder / TABLE_FILE).write_text(results_tsv(journal), encoding="utf-8")
-    (folder / SUMMARY_FILE).write_text(summary(journal, settings, name), encoding="utf-8")
+    (folder / SUMMARY_FILE).write_text(summary(journal, settings, name, replayed), encoding="utf-8")
     return folder
 
 
@@ -286,7 +295,9 @@ def _cell(value: Any) -> str:
 # -- summary -------------------------------------------------------------------------------------
 
 
-def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
+def summary(
+    journal: Journal, settings: dict[str, Any], name: str, replayed: str | None = None
+) -> str:
     kept = journal.lineage
     parts = [
         f"# Study {name}",
@@ -306,7 +317,7 @@ def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
     failed = [trial for trial in journal.trials if trial.status != "ok"]
     if failed:
         parts += ["## What failed, and why", "\n".join(_failure(trial) for trial in failed)]
-    parts += ["## Reproduce", _reproduce(settings, name, kept)]
+    parts += [replayed, "## Reproduce", _reproduce(settings, name, kept)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

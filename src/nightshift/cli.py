@@ -13,6 +13,7 @@ COMMANDS = {
         "run a study: baseline, then trials; keep what is better (resumes by name)",
     ),
     "report": ("agent.report", "chart, table and summary of a study"),
+    "replay": ("agent.replay", "make a trial again, or all of a study: first/3, --all first"),
     "pretrain": (
         "nightshift.pretrain",
         "train one model; -m sweeps: -m optim.matrix_lr=0.01,0.02,0.04",

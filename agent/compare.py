@@ -1,0 +1,262 @@
+"""Is a run that was made again the run on record? From numbers and facts alone; starts nothing.
+
+identical        the same weights (sha256) and the same val_bpb, or the same failure
+within noise     val_bpb inside the stated interval
+not reproduced   anything else, and any part of the record that contradicts another
+
+The stated interval is a prediction interval for one more run: val_bpb then, plus and minus
+t sqrt(2) sigma, where sigma is that of a seed as the study measured it and t is Student's 97.5 %
+quantile for its degrees of freedom. A run on the same seed owes less to chance than that, so on a
+steady machine the interval is wide. It is fixed by the journal, before the replay.
+"""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from agent.decide import Noise, measure_noise, pair, repeated
+from agent.journal import Journal, Run, Trial
+from agent.settings import HARNESS_KEYS
+from agent.trial import _read as read_quietly
+from nightshift.fixed.config import Config, flatten
+from nightshift.fixed.result import (
+    CONFIG_FILE,
+    RESULT_FILE,
+    TRAINING_FILE,
+    Training,
+    read_result,
+    read_training,
+)
+
+# What a number may depend on without being told; clocks and speeds are left out.
+MACHINE = ("device", "cpu", "gpu", "cuda", "threads", "dtype", "python", "torch", "lightning")
+DIGESTS = ("corpus_digest", "data_digest", "tokenizer_digest")
+CODE = ("fixed_code", "editable_code")
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)  # 1 to 10 df
+SAME = 5e-7  # val_bpb: the journal's means have six digits
+
+
+class Stated(NamedTuple):
+    """What the study says of noise, before anything is replayed."""
+
+    seed: Noise
+    pair: Noise
+
+    @property
+    def half_width(self) -> float:
+        """Of the interval for one more run; infinite where nothing was repeated."""
+        return t_975(self.seed.df) * math.sqrt(2) * (self.seed.sigma or 0.0)
+
+
+@dataclass(kw_only=True)
+class Seen:
+    """One run, on record or made again."""
+
+    status: str
+    message: str | None = None
+    val_bpb: float | None = None
+    weights: str | None = None
+    steps: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)  # digests, commit, versions, machine
+
+
+class Outcome(NamedTuple):
+    kind: str
+    why: str
+    differs: dict[str, list[Any]]
+
+
+def stated(trials: list[Trial]) -> Stated:
+    return Stated(
+        measure_noise(repeated(trials)), measure_noise([trial.differences for trial in trials])
+    )
+
+
+def t_975(df: int) -> float:
+    """Student's 97.5 % quantile; beyond the table by Cornish and Fisher's expansion."""
+    if df < 1:
+        return math.inf
+    return T_975[df - 1] if df <= len(T_975) else 1.96 + 2.372 / df + 2.823 / df**2
+
+
+# ---- what a run left ----
+
+
+def seen_of(study_folder: Path, run: Run) -> Seen:
+    """A run with the facts that its files hold."""
+    folder = study_folder / run.folder if run.folder else None
+    return Seen(
+        status=run.status,
+        message=run.message,
+        val_bpb=run.val_bpb,
+        weights=run.weights_sha256,
+        steps=run.steps,
+        facts=facts_of(folder) if folder else {},
+    )
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """Of result.json's binding and training.json; what is unknown is left out."""
+    result = read_quietly(read_result, folder / RESULT_FILE)
+    training = training_of(folder)
+    facts = vars(training) | training.machine if training else {}
+    facts |= (result.binding or {}) if result else {}
+    facts |= facts.get("versions") or {}
+    names = (*MACHINE, *DIGESTS, *CODE, "commit", "config_digest", "steps", "seed")
+    return {name: facts[name] for name in names if facts.get(name) is not None}
+
+
+def training_of(folder: Path) -> Training | None:
+    return read_quietly(read_training, folder / TRAINING_FILE)
+
+
+# ---- does the record agree with itself? ----
+
+
+def contradictions(study_folder: Path, run: Run) -> list[str]:
+    """Where the files of a run and the journal disagree about what came out."""
+    result = read_quietly(read_result, study_folder / (run.folder or "") / RESULT_FILE)
+    if result is None or run.status != "ok":
+        return []
+    told = {"status": result.status, "val_bpb": result.val_bpb, "weights": result.weights_sha256}
+    kept = {"status": run.status, "val_bpb": run.val_bpb, "weights": run.weights_sha256}
+    return [
+        f"the journal says {name} {_short(kept[name])}, {RESULT_FILE} {_short(told[name])}"
+        for name in told
+        if kept[name] is not None and kept[name] != told[name]
+    ]
+
+
+def arithmetic(journal: Journal, trial: Trial, baseline_seeds: list[int]) -> list[str]:
+    """Where a trial's val_bpb, differences and gain do not follow from the runs in the journal."""
+    if trial.status != "ok" or not trial.runs:
+        return []
+    numbers = [run.val_bpb for run in trial.runs if run.seed in baseline_seeds]
+    wrong = _off("val_bpb", trial.val_bpb, _mean(numbers))
+    if trial.parent is None:
+        return wrong
+    then = before(journal, trial)
+    runs = then.runs_of(then.trials[trial.parent], trial)
+    differences = pair(runs, trial.runs)
+    pairs = zip(differences, trial.differences, strict=False)
+    if len(differences) != len(trial.differences) or any(abs(a - b) > SAME for a, b in pairs):
+        wrong.append(f"its differences do not follow from its runs and those of {trial.parent}")
+    return wrong + _off("gain", trial.gain, _mean(trial.differences))
+
+
+def before(journal: Journal, trial: Trial) -> Journal:
+    """The journal as it was when this trial was judged."""
+    earlier = copy.copy(journal)
+    earlier.trials = journal.trials[: trial.number]
+    return earlier
+
+
+def _off(name: str, said: float | None, follows: float | None) -> list[str]:
+    if said is None or follows is None or abs(said - follows) <= 2 * SAME:
+        return []
+    return [f"its {name} is {said:.6f} in the journal, its runs make {follows:.6f}"]
+
+
+def _mean(numbers: list[float]) -> float | None:
+    return sum(numbers) / len(numbers) if numbers else None
+
+
+def other_code(then: Seen, now: dict[str, Any], commits: tuple[str, ...]) -> list[str]:
+    """Where the code or the configuration that git has is not what ran."""
+    wrong = [
+        f"{name} was {then.facts[name]}, the commit's is {now[name]}"
+        for name in (*CODE, "config_digest")
+        if name in then.facts and then.facts[name] != now[name]
+    ]
+    ran = then.facts.get("commit")
+    if ran is not None and ran not in commits:
+        wrong.append(f"commit {ran[:12]} ran, the journal says {commits[0][:12]}")
+    return wrong
+
+
+def other_config(folder: Path, config: Config) -> list[str]:
+    """The first key of the run's config.yaml that the commit does not have like that."""
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        return []
+    try:
+        told = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        return [f"{path.name} of the run cannot be read"]
+    rebuilt = flatten(config.model_dump())
+    keys = [k for k in rebuilt if k.split(".")[0] not in (*HARNESS_KEYS, "seed")]
+    return [
+        f"{path.name} of the run says {key} {told.get(key)!r}, the commit {rebuilt[key]!r}"
+        for key in keys
+        if told.get(key) != rebuilt[key]
+    ][:1]
+
+
+# ---- then against now ----
+
+
+def compare(then: Seen, now: Seen, noise: Stated, wrong: list[str]) -> Outcome:
+    """`wrong`: what in the record contradicts itself."""
+    differs = differences_of(then, now)
+    where = "; ".join(f"{k} was {a}, is {b}" for k, (a, b) in differs.items())
+    other = [
+        f"{name} was {then.facts[name]}, is {now.facts[name]}"
+        for name in DIGESTS
+        if name in then.facts and name in now.facts and then.facts[name] != now.facts[name]
+    ]
+    kind, why = _numbers(then, now, noise, bool(differs), where)
+    if other or wrong:
+        kind, why = "not reproduced", "; ".join([*wrong, *other, why])
+    return Outcome(kind, " ".join(why.split()), differs)
+
+
+def differences_of(then: Seen, now: Seen) -> dict[str, list[Any]]:
+    """What of the machine is known of both and differs."""
+    pairs = {name: [then.facts.get(name), now.facts.get(name)] for name in MACHINE}
+    return {name: p for name, p in pairs.items() if None not in p and p[0] != p[1]}
+
+
+def _numbers(then: Seen, now: Seen, noise: Stated, moved: bool, where: str) -> tuple[str, str]:
+    if then.status != now.status:
+        said = f": {now.message}" if now.message else ""
+        also = f" ({where})" if where else ""
+        return "not reproduced", f"it was {then.status}, now it is {now.status}{said}{also}"
+    if then.status != "ok":
+        return "identical", f"failed again: {now.status}, {now.message or 'without a message'}"
+    same_weights = then.weights is not None and then.weights == now.weights
+    if same_weights and then.val_bpb == now.val_bpb:
+        return "identical", f"the same weights and val_bpb{'; ' + where if where else ''}"
+    change = (
+        f"val_bpb {then.val_bpb:.6f} then, {now.val_bpb:.6f} now: {in_sigmas(then, now, noise)}"
+    )
+    if then.steps != now.steps:
+        change += f"; {then.steps} steps then, {now.steps} now"
+    if same_weights and not moved:
+        return "not reproduced", f"the same weights, but {change}: the number was changed"
+    change += f"; {where or 'of the machine nothing on record differs'}"
+    if then.weights is None:
+        change += "; the weights were not recorded"
+    inside = abs(now.val_bpb - then.val_bpb) <= noise.half_width
+    return ("within noise", change) if inside else ("not reproduced", f"outside: {change}")
+
+
+def in_sigmas(then: Seen, now: Seen, noise: Stated) -> str:
+    words = [f"{now.val_bpb - then.val_bpb:+.6f}"]
+    for name, each in (("a seed", noise.seed), ("a pair", noise.pair)):
+        if (count := sigmas(then, now, each)) is not None:
+            words.append(f"{count:.1f} sigma of {name}")
+    return ", ".join(words)
+
+
+def sigmas(then: Seen, now: Seen, noise: Noise) -> float | None:
+    if not noise.sigma or then.val_bpb is None or now.val_bpb is None:
+        return None
+    return round(abs(now.val_bpb - then.val_bpb) / noise.sigma, 3)
+
+
+def _short(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
