@@ -7,7 +7,13 @@ not reproduced   anything else, and any part of the record that contradicts anot
 The stated interval is a prediction interval for one more run: val_bpb then, plus and minus
 t sqrt(2) sigma, where sigma is that of a seed as the study measured it and t is Student's 97.5 %
 quantile for its degrees of freedom. A run on the same seed owes less to chance than that, so on a
-steady machine the interval is wide. It is fixed by the journal, before the replay.
+steady machine the interval is wide.
+
+On the clock the machine decides how many steps a run takes. The interval then reaches further to
+the side where the steps lead, by slope |ln(steps now / steps then)|. The slope is that of dev_bpb
+over ln(steps) along the second half of the run on record. Its learning rate was still high in the
+middle, so a whole run of half the steps ends better than that point: the slope is an upper bound.
+All of it is fixed by the record, before the replay; only the number of steps is not.
 """
 
 import copy
@@ -25,9 +31,11 @@ from agent.trial import _read as read_quietly
 from nightshift.fixed.config import Config, flatten
 from nightshift.fixed.result import (
     CONFIG_FILE,
+    CURVE_FILE,
     RESULT_FILE,
     TRAINING_FILE,
     Training,
+    read_curve,
     read_result,
     read_training,
 )
@@ -61,6 +69,7 @@ class Seen:
     val_bpb: float | None = None
     weights: str | None = None
     steps: int | None = None
+    slope: float | None = None  # dev_bpb that an e-fold of steps is worth, at most
     facts: dict[str, Any] = field(default_factory=dict)  # digests, commit, versions, machine
 
 
@@ -68,6 +77,7 @@ class Outcome(NamedTuple):
     kind: str
     why: str
     differs: dict[str, list[Any]]
+    interval: tuple[float, float] | None = None
 
 
 def stated(trials: list[Trial]) -> Stated:
@@ -95,6 +105,7 @@ def seen_of(study_folder: Path, run: Run) -> Seen:
         val_bpb=run.val_bpb,
         weights=run.weights_sha256,
         steps=run.steps,
+        slope=slope_of(read_curve(folder / CURVE_FILE)) if folder else None,
         facts=facts_of(folder) if folder else {},
     )
 
@@ -108,6 +119,18 @@ def facts_of(folder: Path) -> dict[str, Any]:
     facts |= facts.get("versions") or {}
     names = (*MACHINE, *DIGESTS, *CODE, "commit", "config_digest", "steps", "seed")
     return {name: facts[name] for name in names if facts.get(name) is not None}
+
+
+def slope_of(curve: list[dict[str, Any]]) -> float | None:
+    """From the point nearest to half of the budget to the last one; None with fewer than two."""
+    points = [p for p in curve if p.get("dev_bpb") is not None and p.get("step")]
+    if len(points) < 2:
+        return None
+    end = points[-1]
+    middle = min(points[:-1], key=lambda p: abs(p["step"] - end["step"] / 2))
+    if middle["step"] >= end["step"]:
+        return None
+    return max(0.0, middle["dev_bpb"] - end["dev_bpb"]) / math.log(end["step"] / middle["step"])
 
 
 def training_of(folder: Path) -> Training | None:
@@ -208,10 +231,22 @@ def compare(then: Seen, now: Seen, noise: Stated, wrong: list[str]) -> Outcome:
         for name in DIGESTS
         if name in then.facts and name in now.facts and then.facts[name] != now.facts[name]
     ]
-    kind, why = _numbers(then, now, noise, bool(differs), where)
+    stated = interval(then, now, noise)
+    kind, why = _numbers(then, now, noise, stated, where)
     if other or wrong:
         kind, why = "not reproduced", "; ".join([*wrong, *other, why])
-    return Outcome(kind, " ".join(why.split()), differs)
+    return Outcome(kind, " ".join(why.split()), differs, stated)
+
+
+def interval(then: Seen, now: Seen, noise: Stated) -> tuple[float, float] | None:
+    """Where val_bpb should be now; None where it was not ok, or nothing was ever repeated."""
+    if then.val_bpb is None or noise.seed.sigma is None:
+        return None
+    low, high = then.val_bpb - noise.half_width, then.val_bpb + noise.half_width
+    if not (then.slope and then.steps and now.steps):
+        return round(low, 6), round(high, 6)
+    shift = then.slope * math.log(then.steps / now.steps)  # > 0: fewer steps, so worse
+    return round(low + min(0.0, shift), 6), round(high + max(0.0, shift), 6)
 
 
 def differences_of(then: Seen, now: Seen) -> dict[str, list[Any]]:
@@ -220,7 +255,7 @@ def differences_of(then: Seen, now: Seen) -> dict[str, list[Any]]:
     return {name: p for name, p in pairs.items() if None not in p and p[0] != p[1]}
 
 
-def _numbers(then: Seen, now: Seen, noise: Stated, moved: bool, where: str) -> tuple[str, str]:
+def _numbers(then: Seen, now: Seen, noise: Stated, stated, where: str) -> tuple[str, str]:
     if then.status != now.status:
         said = f": {now.message}" if now.message else ""
         also = f" ({where})" if where else ""
@@ -235,12 +270,15 @@ def _numbers(then: Seen, now: Seen, noise: Stated, moved: bool, where: str) -> t
     )
     if then.steps != now.steps:
         change += f"; {then.steps} steps then, {now.steps} now"
-    if same_weights and not moved:
+    if same_weights and not where:
         return "not reproduced", f"the same weights, but {change}: the number was changed"
     change += f"; {where or 'of the machine nothing on record differs'}"
     if then.weights is None:
         change += "; the weights were not recorded"
-    inside = abs(now.val_bpb - then.val_bpb) <= noise.half_width
+    if stated is None:
+        return "not reproduced", f"no noise is known: {change}"
+    change += f"; stated interval {stated[0]:.4f} to {stated[1]:.4f}"
+    inside = stated[0] <= now.val_bpb <= stated[1]
     return ("within noise", change) if inside else ("not reproduced", f"outside: {change}")
 
 

@@ -104,7 +104,8 @@ def replay_group(
                 left.remove(job)
     except (Unbuildable, ConfigError, StudyError, workspace.Refused) as error:
         for job in left:
-            outcome = Outcome("not reproduced", " ".join(str(error).split()), {})
+            why = " ".join("; ".join([*wrong, str(error)]).split())
+            outcome = Outcome("not reproduced", why, {})
             tell(job, then_of(study, job), None, outcome)
     finally:
         clear(folder)

@@ -273,7 +273,7 @@ def run_jobs(study: Study, jobs: list[Job], number: int, num_done: int) -> None:
 
 def line(job: Job, then: Seen, now: Seen | None, outcome: Outcome, noise) -> Replay:
     now = now or Seen(status=None)
-    has_interval = then.val_bpb is not None and noise.seed.sigma is not None
+    low, high = outcome.interval or (None, None)
     return Replay(
         trial=job.trial.number,
         what=job.what,
@@ -285,8 +285,8 @@ def line(job: Job, then: Seen, now: Seen | None, outcome: Outcome, noise) -> Rep
         status_now=now.status,
         val_bpb_then=then.val_bpb,
         val_bpb_now=now.val_bpb,
-        low=round(then.val_bpb - noise.half_width, 6) if has_interval else None,
-        high=round(then.val_bpb + noise.half_width, 6) if has_interval else None,
+        low=low,
+        high=high,
         sigmas=sigmas(then, now, noise.seed),
         pair_sigmas=sigmas(then, now, noise.pair),
         weights_then=then.weights,

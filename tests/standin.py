@@ -76,6 +76,8 @@ if behaviour == "crash" and not is_preflight:
 if behaviour == "hang" and not is_preflight:
     fork_away()
     time.sleep(60)
+if behaviour == "wanders":  # on the time of the day
+    model["BONUS"] = time.time() % 1 / 1e6
 if behaviour == "slow" and not is_preflight:
     time.sleep(0.5)
 if behaviour == "leave a process":
@@ -90,7 +92,8 @@ if behaviour == "killed always" and not is_preflight:
 cpu_s = 9.0 if behaviour == "toil" else 0.1
 training = {"status": "ok", "steps": 3, "tokens": 300, "train_s": 0.1, "steps_cpu_s": cpu_s,
             "tokens_per_s": 3000.0, "seed": seed, "data_digest": "d" * 12,
-            "config_digest": config_digest(values), "weights_sha256": "w" * 64}
+            "config_digest": config_digest(values),
+            "weights_sha256": hashlib.sha256(f"{model['BONUS']} {seed}".encode()).hexdigest()}
 if behaviour == "diverge" and not is_preflight:
     training |= {"status": "diverged", "message": "loss is nan at step 2"}
 (folder / "checkpoint").mkdir(exist_ok=True)
@@ -129,6 +132,7 @@ if behaviour == "other code":
 names = ("files", "network", "processes", "privileges", "limits")
 binding["protections"] = {name: ["stand-in"] for name in names}
 write(folder / "result.json", {"status": "ok", "val_bpb": val_bpb, "training": training,
+      "weights_sha256": training["weights_sha256"],
       "binding": binding, "forward_cpu_s": 111.111})
 """
 
