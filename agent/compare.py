@@ -9,11 +9,12 @@ t sqrt(2) sigma, where sigma is that of a seed as the study measured it and t is
 quantile for its degrees of freedom. A run on the same seed owes less to chance than that, so on a
 steady machine the interval is wide.
 
-On the clock the machine decides how many steps a run takes. The interval then reaches further to
-the side where the steps lead, by slope |ln(steps now / steps then)|. The slope is that of dev_bpb
-over ln(steps) along the second half of the run on record. Its learning rate was still high in the
-middle, so a whole run of half the steps ends better than that point: the slope is an upper bound.
-All of it is fixed by the record, before the replay; only the number of steps is not.
+On the clock the machine decides how many steps a run takes, so there the interval also reaches to
+the side where the steps lead. How far, the longer of the two runs says: its loss at the other's
+number of steps minus that at its end, as a share of all that it learned, times what it learned in
+bits per byte. A whole run of so few steps ends better than that, for its learning rate came down:
+the reach is an upper bound. Between two points of the curve the loss is taken from the straight
+line, and it is never below a later one; both err to the safe side.
 """
 
 import copy
@@ -22,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import yaml
 
 from agent.decide import Noise, measure_noise, pair, repeated
@@ -69,7 +71,8 @@ class Seen:
     val_bpb: float | None = None
     weights: str | None = None
     steps: int | None = None
-    slope: float | None = None  # dev_bpb that an e-fold of steps is worth, at most
+    curve: list[tuple[int, float]] = field(default_factory=list)  # (step, nats), from a guess on
+    guess_bpb: float | None = None  # val_bpb of a uniform guess
     facts: dict[str, Any] = field(default_factory=dict)  # digests, commit, versions, machine
 
 
@@ -98,15 +101,17 @@ def t_975(df: int) -> float:
 
 def seen_of(study_folder: Path, run: Run) -> Seen:
     """A run with the facts that its files hold."""
-    folder = study_folder / run.folder if run.folder else None
+    folder = study_folder / (run.folder or "no such folder")
+    curve, guess_bpb = learning_of(folder)
     return Seen(
         status=run.status,
         message=run.message,
         val_bpb=run.val_bpb,
         weights=run.weights_sha256,
         steps=run.steps,
-        slope=slope_of(read_curve(folder / CURVE_FILE)) if folder else None,
-        facts=facts_of(folder) if folder else {},
+        curve=curve,
+        guess_bpb=guess_bpb,
+        facts=facts_of(folder),
     )
 
 
@@ -121,16 +126,21 @@ def facts_of(folder: Path) -> dict[str, Any]:
     return {name: facts[name] for name in names if facts.get(name) is not None}
 
 
-def slope_of(curve: list[dict[str, Any]]) -> float | None:
-    """From the point nearest to half of the budget to the last one; None with fewer than two."""
-    points = [p for p in curve if p.get("dev_bpb") is not None and p.get("step")]
-    if len(points) < 2:
-        return None
-    end = points[-1]
-    middle = min(points[:-1], key=lambda p: abs(p["step"] - end["step"] / 2))
-    if middle["step"] >= end["step"]:
-        return None
-    return max(0.0, middle["dev_bpb"] - end["dev_bpb"]) / math.log(end["step"] / middle["step"])
+def learning_of(folder: Path) -> tuple[list[tuple[int, float]], float | None]:
+    """(curve, guess_bpb) of a run; ([], None) where its files do not say."""
+    result = read_quietly(read_result, folder / RESULT_FILE)
+    config = read_quietly(read_yaml, folder / CONFIG_FILE)
+    vocab_size = flatten(config).get("tokenizer.vocab_size") if isinstance(config, dict) else None
+    if result is None or not (vocab_size and result.num_bytes and result.num_tokens):
+        return [], None
+    points = read_curve(folder / CURVE_FILE)
+    losses = [(p["step"], p["train/loss"]) for p in points if {"step", "train/loss"} <= p.keys()]
+    guess_bpb = math.log2(vocab_size) * result.num_tokens / result.num_bytes
+    return [(0, math.log(vocab_size)), *losses], guess_bpb
+
+
+def read_yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 def training_of(folder: Path) -> Training | None:
@@ -207,7 +217,7 @@ def other_config(folder: Path, config: Config) -> list[str]:
     if not path.is_file():
         return []
     try:
-        told = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+        told = flatten(read_yaml(path))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
         return [f"{path.name} of the run cannot be read"]
     rebuilt = flatten(config.model_dump())
@@ -243,10 +253,23 @@ def interval(then: Seen, now: Seen, noise: Stated) -> tuple[float, float] | None
     if then.val_bpb is None or noise.seed.sigma is None:
         return None
     low, high = then.val_bpb - noise.half_width, then.val_bpb + noise.half_width
-    if not (then.slope and then.steps and now.steps):
-        return round(low, 6), round(high, 6)
-    shift = then.slope * math.log(then.steps / now.steps)  # > 0: fewer steps, so worse
-    return round(low + min(0.0, shift), 6), round(high + max(0.0, shift), 6)
+    if then.steps and now.steps and now.val_bpb is not None:
+        low -= reach(now, then.steps)
+        high += reach(then, now.steps)
+    return round(low, 6), round(high, 6)
+
+
+def reach(longer: Seen, steps: int) -> float:
+    """bpb that the steps beyond `steps` brought this run, at most; 0 if it has no more than that,
+    or where its curve is not known."""
+    if len(longer.curve) < 2 or longer.guess_bpb is None or steps >= longer.steps:
+        return 0.0
+    at = [step for step, _ in longer.curve]
+    losses = [loss for _, loss in longer.curve]
+    bounds = np.maximum.accumulate(losses[::-1])[::-1]  # never below a later point
+    learned = losses[0] - losses[-1]
+    share = (np.interp(steps, at, bounds) - losses[-1]) / learned if learned > 0 else 0.0
+    return float(min(1.0, share) * max(0.0, longer.guess_bpb - longer.val_bpb))
 
 
 def differences_of(then: Seen, now: Seen) -> dict[str, list[Any]]:

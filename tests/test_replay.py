@@ -29,8 +29,8 @@ from agent.compare import (
     interval,
     other_code,
     other_config,
+    reach,
     seen_of,
-    slope_of,
     t_975,
 )
 from agent.decide import Noise
@@ -90,22 +90,26 @@ def test_a_failure_is_reproduced_by_the_same_failure_only():
     assert said({}, failed)[0] == "not reproduced"
 
 
-def test_the_interval_is_that_of_one_more_seed_and_reaches_where_fewer_steps_lead():
-    then = Seen(**RAN, slope=0.1)
+LONG = dict(curve=[(0, 8.0), (10, 7.0), (20, 6.5), (30, 6.0)], guess_bpb=2.5)  # learned 1 bpb
+
+
+def test_the_interval_is_that_of_one_more_seed_and_reaches_where_the_steps_lead():
     width = 4.303 * 2**0.5 * 0.001
-    assert interval(then, Seen(**RAN), NOISE) == pytest.approx((1.5 - width, 1.5 + width), abs=1e-6)
-    low, high = interval(then, Seen(**RAN | {"steps": 15}), NOISE)
-    assert (low, high) == pytest.approx((1.5 - width, 1.5 + width + 0.0693), abs=1e-4)
-    low, high = interval(then, Seen(**RAN | {"steps": 60}), NOISE)
-    assert (low, high) == pytest.approx((1.5 - width - 0.0693, 1.5 + width), abs=1e-4)
-    assert interval(then, Seen(**RAN), Stated(Noise(None, 0), Noise(None, 0))) is None
+    low, high = 1.5 - width, 1.5 + width
+    assert interval(Seen(**RAN, **LONG), Seen(**RAN), NOISE) == pytest.approx((low, high), abs=1e-6)
+    fewer = interval(Seen(**RAN, **LONG), Seen(**RAN | {"steps": 15}), NOISE)
+    assert fewer == pytest.approx((low, high + 0.75 / 2.0), abs=1e-6)  # loss 6.75 at step 15
+    more = interval(Seen(**RAN | {"steps": 20}), Seen(**RAN, **LONG), NOISE)
+    assert more == pytest.approx((low - 0.5 / 2.0, high), abs=1e-6)
+    assert interval(Seen(**RAN), Seen(**RAN), Stated(Noise(None, 0), Noise(None, 0))) is None
 
 
-def test_the_slope_is_taken_over_the_second_half_and_needs_two_points():
-    curve = [{"step": s, "dev_bpb": b} for s, b in ((10, 3.0), (20, 2.0), (40, 1.5))]
-    assert slope_of(curve) == pytest.approx(0.5 / 0.6931, abs=1e-3)
-    assert slope_of(curve[:1]) is None and slope_of([{"step": 1, "train/loss": 2.0}]) is None
-    assert slope_of([{"step": 20, "dev_bpb": 1.0}, {"step": 40, "dev_bpb": 2.0}]) == 0.0
+def test_the_reach_of_fewer_steps_is_bounded_and_errs_to_the_safe_side():
+    run = Seen(**RAN, **LONG)
+    assert reach(run, 30) == reach(run, 31) == 0.0 and reach(run, 0) == 1.0
+    bumpy = Seen(**RAN, curve=[(0, 8.0), (10, 6.5), (20, 7.0), (30, 6.0)], guess_bpb=2.5)
+    assert reach(bumpy, 10) == reach(bumpy, 20) == 0.5, "a lucky batch does not shrink it"
+    assert reach(Seen(**RAN), 15) == 0.0, "no curve is known"
 
 
 def test_students_quantiles_fall_to_that_of_the_normal():
