@@ -109,10 +109,11 @@ class Trial(Scored):
 
 
 class Journal:
-    """Trials in order; trial n is line n."""
+    """Trials in order; trial n is line n. `repair=False` leaves the file as it is."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, repair: bool = True):
         self.path = path
+        self.repair = repair
         self.trials: list[Trial] = []
         if path.exists():
             self._read()
@@ -120,7 +121,7 @@ class Journal:
     def _read(self) -> None:
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):  # a kill in mid-append: that trial never existed
+        if len(whole) < len(data) and self.repair:  # a kill in mid-append: that trial never existed
             with open(self.path, "r+b") as file:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.decode("utf-8").splitlines()):

@@ -12,6 +12,7 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -167,17 +168,22 @@ def apply(study: Study, trial: Trial, tree: Path, folder: Path, commit: str):
         trial.lines_added, trial.lines_removed = applied.lines_added, applied.lines_removed
         (folder / "diff.patch").write_text(applied.diff, "utf-8", "surrogateescape")
     workspace.point_trial(study.repo, study.name, trial.number, trial.commit)
-    for earlier in study.journal.trials:
-        if earlier.digest == trial.digest:
+    refuse_repeat(study.journal.trials, trial.digest)
+    config = on_this_machine(study, config)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(config.model_dump()), folder / "config.yaml")
+    return for_runs(study, config)
+
+
+def refuse_repeat(trials: Iterable[Trial], digest: str) -> None:
+    """Raises Refused if one of the trials computed the same."""
+    for earlier in trials:
+        if earlier.digest == digest:
             raise workspace.Refused(
                 f"same configuration and code as trial {earlier.number} "
                 f"('{earlier.proposal.title}'); a trial must differ from every earlier one. "
                 "Propose another value or another edit."
             )
-    config = on_this_machine(study, config)
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config.model_dump()), folder / "config.yaml")
-    return for_runs(study, config)
 
 
 def bench(study: Study, trial: Trial, tree: Path, folder: Path, config) -> Bench:

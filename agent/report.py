@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from agent import promotion_report
+from agent import promotion_report, replays
 from agent.decide import measure_noise, spent
 from agent.journal import Journal, Trial
 from agent.target import TARGETS, VAL, Target
@@ -67,10 +67,17 @@ def find_study(name: str, studies: Path) -> Path:
 
 
 def attach(study_folder: Path, name: str, report: Path) -> None:
-    """The report on the study's MLflow run, if it has one; a tracker that is down is one line."""
+    """The report on the study's MLflow run, if it has one."""
+    if mirror := mirror_of(study_folder, name):
+        mirror.attach_report(report)
+
+
+def mirror_of(study_folder: Path, name: str) -> Mirror | None:
+    """The mirror of a study that this process does not run; None where it has none. A tracker that
+    is down is one line."""
     identity = read_identity(study_folder)
     if not identity:
-        return
+        return None
     tracking = Tracking(
         **{
             **load_tracking().model_dump(),
@@ -82,9 +89,9 @@ def attach(study_folder: Path, name: str, report: Path) -> None:
         mirror = Mirror(open_store(tracking), name, study_folder)
     except ConfigError as error:
         print(error, file=sys.stderr)
-        return
+        return None
     mirror.attach()
-    mirror.attach_report(report)
+    return mirror
 
 
 def write_report(study_folder: Path, journal: Journal, settings: dict[str, Any]) -> Path:
@@ -97,7 +104,9 @@ def write_report(study_folder: Path, journal: Journal, settings: dict[str, Any])
     target, paths = target_of(settings), [folder / file for file in CHART_FILES]
     draw_progress(journal, settings.get("sigma"), name, paths, target)
     (folder / TABLE_FILE).write_text(results_tsv(journal, target), encoding="utf-8")
-    text = summary(journal, settings, name) + promotion_report.section(study_folder, folder)
+    replayed = replays.section(Path(study_folder), journal.path)
+    text = summary(journal, settings, name, replayed)
+    text += promotion_report.section(study_folder, folder)
     (folder / SUMMARY_FILE).write_text(text, encoding="utf-8")
     return folder
 
@@ -298,7 +307,9 @@ def _cell(value: Any) -> str:
 # -- summary -------------------------------------------------------------------------------------
 
 
-def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
+def summary(
+    journal: Journal, settings: dict[str, Any], name: str, replayed: str | None = None
+) -> str:
     kept, target = journal.lineage, target_of(settings)
     parts = [
         f"# Study {name}",
@@ -319,7 +330,7 @@ def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
     failed = [trial for trial in journal.trials if trial.status != "ok"]
     if failed:
         parts += ["## What failed, and why", "\n".join(_failure(trial) for trial in failed)]
-    parts += ["## Reproduce", _reproduce(settings, name, kept)]
+    parts += [replayed, "## Reproduce", _reproduce(settings, name, kept)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 

@@ -236,9 +236,9 @@ def flat_settings(settings: dict) -> dict:
     return {"study": settings["study"], **settings["config"]}
 
 
-def read_journal(folder: Path) -> Journal:
+def read_journal(folder: Path, repair: bool = True) -> Journal:
     try:
-        return Journal(folder / "journal.jsonl")
+        return Journal(folder / "journal.jsonl", repair)
     except (ValueError, KeyError, TypeError) as error:
         raise StudyError(f"{folder / 'journal.jsonl'} is damaged: {error}") from None
 
@@ -301,8 +301,8 @@ def lock(folder: Path, name: str):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StudyError(
-                f"study.name ({name}): another process runs this study. Wait for it, or choose "
-                "another study.name"
+                f"study.name ({name}): another process runs this study or a replay of it. Wait for "
+                "it, or choose another study.name"
             ) from None
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             break  # else its owner removed the file between our open and our lock

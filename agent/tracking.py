@@ -98,6 +98,15 @@ class Mirror:
         """The report's files as artifacts of the parent run."""
         self._try(lambda: [self.run.artifact(p, "report") for p in sorted(folder.iterdir())])
 
+    def tag_replay(self, number: int, word: str) -> None:
+        """On the trial's child: what came of making it again."""
+
+        def write():
+            for child in self.store.find(study_id=self._study_id(), trial=f"{number:03d}"):
+                self.store.attach(child.info.run_id, strict=True).tags({"replay": word})
+
+        self._try(write)
+
     def attach(self) -> None:
         """The parent run of a study that this process does not run."""
         self._try(self._find)

@@ -75,9 +75,9 @@ class View:
         return Group(table, Text(self._clock(), style="dim"))
 
     def _clock(self) -> str:
-        elapsed = f"{_minutes(time.monotonic() - self.started)} elapsed"
+        elapsed = f"{minutes(time.monotonic() - self.started)} elapsed"
         left_s = self.seconds_left()
-        return elapsed if left_s is None else f"{elapsed}, about {_minutes(left_s)} left"
+        return elapsed if left_s is None else f"{elapsed}, about {minutes(left_s)} left"
 
     def seconds_left(self) -> float | None:
         """From the mean time of the trials so far; None before there is one."""
@@ -107,7 +107,7 @@ def _cells(trial: Trial) -> list[str]:
     ]
 
 
-def _minutes(seconds: float) -> str:
+def minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
 
 

@@ -118,6 +118,19 @@ def base_commit(repo: Path) -> str:
         ) from None
 
 
+def has_commit(repo: Path, commit: str) -> bool:
+    try:
+        git(repo, "rev-parse", "--verify", "--quiet", f"{commit}^{{commit}}")
+        return True
+    except StudyError:
+        return False
+
+
+def parent_of(repo: Path, commit: str) -> str | None:
+    """The commit before it, if it has one."""
+    return next(iter(git(repo, "rev-list", "--parents", "-1", commit).split()[1:]), None)
+
+
 def uncommitted(repo: Path) -> list[str]:
     """Changed or new files that a trial would have used."""
     lines = git(repo, "status", "--porcelain", "--", "src", "conf", "agent").splitlines()

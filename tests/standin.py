@@ -76,6 +76,8 @@ if behaviour == "crash" and not is_preflight:
 if behaviour == "hang" and not is_preflight:
     fork_away()
     time.sleep(60)
+if behaviour == "wanders":  # on the time of the day
+    model["BONUS"] = time.time() % 1 / 1e6
 if behaviour == "slow" and not is_preflight:
     time.sleep(0.5)
 if behaviour == "leave a process":
@@ -88,10 +90,11 @@ if behaviour == "killed once" and not (folder.parent / "killed").exists() and no
 if behaviour == "killed always" and not is_preflight:
     os.kill(os.getpid(), 9)
 cpu_s = 9.0 if behaviour == "toil" else 0.1
+weights = f"{model['BONUS']} {seed}"
 (folder / "checkpoint").mkdir(exist_ok=True)
-(folder / "checkpoint" / "model.safetensors").write_text(str(model["BONUS"]))
+(folder / "checkpoint" / "model.safetensors").write_text(weights)
 shutil.copy(folder / "config.yaml", folder / "checkpoint")
-weights_sha256 = hashlib.sha256(str(model["BONUS"]).encode()).hexdigest()
+weights_sha256 = hashlib.sha256(weights.encode()).hexdigest()
 training = {"status": "ok", "steps": 3, "tokens": 300, "train_s": 0.1, "steps_cpu_s": cpu_s,
             "tokens_per_s": 3000.0, "seed": seed, "data_digest": "d" * 12,
             "config_digest": config_digest(values), "weights_sha256": weights_sha256}

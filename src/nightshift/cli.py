@@ -17,6 +17,7 @@ COMMANDS = {
         "a study's champion at a larger scale: ablation, test once, registry",
     ),
     "report": ("agent.report", "chart, table and summary of a study"),
+    "replay": ("agent.replay", "make a trial again, or all of a study: first/3, --all first"),
     "pretrain": (
         "nightshift.pretrain",
         "train one model; -m sweeps: -m optim.matrix_lr=0.01,0.02,0.04",
