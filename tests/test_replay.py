@@ -130,14 +130,17 @@ def made(trial: int, audit: int = 1, **changes) -> Replay:
 def test_an_audit_goes_on_where_it_ended_and_again_begins_the_next():
     keys = [Key(n, "run", 1, "recorded") for n in range(3)]
     first = [made(0), made(1)]
-    assert left_to_do(keys, [], False) == left_to_do(keys, [], True) == (1, keys)
-    assert left_to_do(keys, first, False) == left_to_do(keys, first, True) == (1, keys[2:])
+    assert left_to_do(keys, [], False) == (1, keys)
+    assert left_to_do(keys, first, False) == (1, keys[2:])
+    assert left_to_do(keys, first, True) == (2, keys), "all of them, not only the last"
     first.append(made(2))
     assert left_to_do(keys, first, False) == (1, [])
     assert left_to_do(keys, first, True) == (2, keys)
     cut_off = [*first, made(0, audit=2)]
     assert left_to_do(keys, cut_off, True) == (2, keys[1:])
     assert left_to_do(keys, cut_off, False) == (2, [])
+    whole = [*cut_off, made(1, audit=2), made(2, audit=2)]
+    assert left_to_do(keys, whole, True) == (3, keys)
 
 
 def test_a_line_counts_while_the_journal_says_what_it_was_compared_with():
