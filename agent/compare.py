@@ -122,6 +122,9 @@ def facts_of(folder: Path) -> dict[str, Any]:
     facts = vars(training) | training.machine if training else {}
     facts |= (result.binding or {}) if result else {}
     facts |= facts.get("versions") or {}
+    # training.json counts the threads of the harness's process; the run's were set by its config.
+    if told := config_of(folder).get("runtime.num_threads"):
+        facts["threads"] = told
     names = (*MACHINE, *DIGESTS, *CODE, "commit", "config_digest", "steps", "seed")
     return {name: facts[name] for name in names if facts.get(name) is not None}
 
@@ -129,8 +132,7 @@ def facts_of(folder: Path) -> dict[str, Any]:
 def learning_of(folder: Path) -> tuple[list[tuple[int, float]], float | None]:
     """(curve, guess_bpb) of a run; ([], None) where its files do not say."""
     result = read_quietly(read_result, folder / RESULT_FILE)
-    config = read_quietly(read_yaml, folder / CONFIG_FILE)
-    vocab_size = flatten(config).get("tokenizer.vocab_size") if isinstance(config, dict) else None
+    vocab_size = config_of(folder).get("tokenizer.vocab_size")
     if result is None or not (vocab_size and result.num_bytes and result.num_tokens):
         return [], None
     points = read_curve(folder / CURVE_FILE)
@@ -139,8 +141,12 @@ def learning_of(folder: Path) -> tuple[list[tuple[int, float]], float | None]:
     return [(0, math.log(vocab_size)), *losses], guess_bpb
 
 
-def read_yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+def config_of(folder: Path) -> dict[str, Any]:
+    """The run's configuration, flat; {} if it cannot be read."""
+    try:
+        return flatten(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return {}
 
 
 def training_of(folder: Path) -> Training | None:
@@ -216,9 +222,8 @@ def other_config(folder: Path, config: Config) -> list[str]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         return []
-    try:
-        told = flatten(read_yaml(path))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+    told = config_of(folder)
+    if not told:
         return [f"{path.name} of the run cannot be read"]
     rebuilt = flatten(config.model_dump())
     keys = [k for k in rebuilt if k.split(".")[0] not in (*HARNESS_KEYS, "seed")]

@@ -113,13 +113,17 @@ def on_record(study_folder: Path, journal: Path) -> list[Replay]:
 
 
 def left_to_do(wanted: Sequence[Key], replays: Sequence[Replay], again: bool) -> tuple:
-    """(audit number, keys to replay) of a call that wants these keys."""
+    """(audit number, keys to replay) of a call that wants these keys.
+
+    Audit 1 is what nobody asked to do again; `again` goes on with a later one that was cut off, or
+    begins the next.
+    """
     last = max((r.audit for r in replays), default=1)
     if not again:
         done = {r.key for r in replays}
         return last, [key for key in wanted if key not in done]
     done = {r.key for r in replays if r.audit == last}
-    if replays and done >= set(wanted):  # the last audit has all of them: a new one begins
+    if last == 1 or done >= set(wanted):
         return last + 1, list(wanted)
     return last, [key for key in wanted if key not in done]
 

@@ -3,6 +3,7 @@
 pytest -n 1 tests/test_replay.py
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -130,14 +131,17 @@ def made(trial: int, audit: int = 1, **changes) -> Replay:
 def test_an_audit_goes_on_where_it_ended_and_again_begins_the_next():
     keys = [Key(n, "run", 1, "recorded") for n in range(3)]
     first = [made(0), made(1)]
-    assert left_to_do(keys, [], False) == left_to_do(keys, [], True) == (1, keys)
-    assert left_to_do(keys, first, False) == left_to_do(keys, first, True) == (1, keys[2:])
+    assert left_to_do(keys, [], False) == (1, keys)
+    assert left_to_do(keys, first, False) == (1, keys[2:])
+    assert left_to_do(keys, first, True) == (2, keys), "all of them, not only the last"
     first.append(made(2))
     assert left_to_do(keys, first, False) == (1, [])
     assert left_to_do(keys, first, True) == (2, keys)
     cut_off = [*first, made(0, audit=2)]
     assert left_to_do(keys, cut_off, True) == (2, keys[1:])
     assert left_to_do(keys, cut_off, False) == (2, [])
+    whole = [*cut_off, made(1, audit=2), made(2, audit=2)]
+    assert left_to_do(keys, whole, True) == (3, keys)
 
 
 def test_a_line_counts_while_the_journal_says_what_it_was_compared_with():
@@ -163,14 +167,33 @@ def test_a_line_that_a_kill_cut_short_never_was(tmp_path):
 
 @pytest.fixture(scope="module")
 def audited(tmp_path_factory) -> Path:
-    """A study with a keep, a crash and a refused repeat, and all of it replayed."""
+    """A study with a keep, a crash and a refused repeat; all of it replayed, with Ctrl-C after the
+    first line."""
     project = make_project(tmp_path_factory.mktemp("replay") / "project")
     script(project, [bonus(0.0, 0.5), behave("crash"), bonus(0.5, 0.5)])
     assert loop.main(overrides(3, "study.baseline_seeds=[1,2]"), project) == 0
     before = everything(project)
+    with interrupted_after_a_line(project):
+        assert main(["--all", "first"], project) == 130
+    assert [r.trial for r in lines_of(project)] == [0]
+    assert_nothing_is_left(project)
     assert main(["--all", "first"], project) == 0
     assert everything(project) == before
     return project
+
+
+@contextlib.contextmanager
+def interrupted_after_a_line(project: Path):
+    def interrupt():
+        path, deadline = folder_of(project) / replays.REPLAYS_FILE, time.monotonic() + 60
+        while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    yield
+    thread.join()
 
 
 @pytest.fixture
@@ -205,7 +228,9 @@ def starts(project: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_every_trial_of_a_study_comes_out_the_same_and_nothing_else_moves(audited, capsys):
+def test_an_audit_goes_on_after_ctrl_c_and_each_trial_is_the_same_and_nothing_moves(
+    audited, capsys
+):
     assert [(r.trial, r.what, r.outcome) for r in lines_of(audited)] == [
         (0, "run", "identical"), (1, "run", "identical"), (2, "run", "identical"),
         (3, "refusal", "identical"),
@@ -226,24 +251,6 @@ def test_one_trial_is_replayed_with_each_of_its_seeds_and_on_request_again(proje
     assert [r.audit for r in lines_of(project)] == [1, 1, 2]
 
 
-def test_an_audit_that_was_interrupted_goes_on(project, capsys):
-    def interrupt():
-        path, deadline = folder_of(project) / replays.REPLAYS_FILE, time.monotonic() + 60
-        while not (path.exists() and path.stat().st_size) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    assert main(["--all", "first"], project) == 130
-    thread.join()
-    assert "To go on: nightshift replay --all first" in capsys.readouterr().out
-    assert [r.trial for r in lines_of(project)] == [0]
-    assert_nothing_is_left(project)
-    assert main(["--all", "first"], project) == 0
-    assert [r.trial for r in lines_of(project)] == [0, 1, 2, 3]
-
-
 def rewrite(project: Path, number: int, change) -> None:
     path = folder_of(project) / "journal.jsonl"
     trials = [json.loads(line) for line in path.read_text().splitlines()]
@@ -259,6 +266,7 @@ def verdicts_on(project: Path, *arguments: str) -> list[str]:
     return [r.why for r in last]
 
 
+@pytest.mark.slow
 def test_what_was_changed_in_the_record_is_found_and_other_code_is_not_trained(project):
     """Trial 0 has another number in both places, trial 1 another commit (trial 3 started from it),
     and trial 2 failed otherwise."""
@@ -330,6 +338,7 @@ def test_means_and_differences_must_follow_from_the_runs(audited):
     assert "do not follow from its runs and those of 0" in arithmetic(journal, trial, [1, 2])[0]
 
 
+@pytest.mark.slow
 def test_a_commit_that_git_has_lost_is_said(project):
     gone = "0123456789" * 4
     rewrite(project, 1, lambda t: t.update(commit=gone))
