@@ -97,7 +97,7 @@ def _key(key: str) -> str:
     key = SHORT.get(key, key)
     group, dot, _ = key.partition(".")
     if not dot or group not in GROUPS + MACHINE:
-        near = nearest(key, [*SHORT, "trial", "seeds", *GROUPS, *MACHINE])
+        near = "" if key in GROUPS + MACHINE else nearest(key, [*SHORT, "trial", "seeds"])
         raise ConfigError(
             f"{key}: a promotion takes trial, seeds, depth, budget, and single keys of "
             f"{', '.join(GROUPS + MACHINE)}.{near}"
