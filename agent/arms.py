@@ -17,7 +17,7 @@ import yaml
 from agent import workspace
 from agent.journal import Journal, Run, Trial
 from agent.promotion import ORDER_FILE, RUNS_FILE, Arm, Order, append_line, changes_of, read_lines
-from agent.scale import minutes, scaled
+from agent.scale import MACHINE, minutes, scaled
 from agent.seeds import on_this_machine
 from agent.settings import Plan, StudyError
 from agent.study import BASE_FOLDER, Study
@@ -37,9 +37,13 @@ class Job:
     journal: Journal
     trial: Trial
     order: Order
-    machine: dict[str, Any]  # flat: keys of runtime and sandbox that were given
     number: int
     summary: str
+
+    @property
+    def machine(self) -> dict[str, Any]:
+        """Flat: where it runs, as far as that was given."""
+        return {k: v for k, v in self.order.given.items() if k.split(".")[0] in MACHINE}
 
 
 def build_arms(study: Study, job: Job, folder: Path) -> list[Arm]:

@@ -110,14 +110,13 @@ def plan_job(repo: Path, study_folder: Path, request: Request) -> Job:
         )
     trial = chosen(journal, request.trial, study_folder.name)
     seeds = request.seeds or plan.study.baseline_seeds
-    given, machine, configs = request.resolve(repo, journal.trials[0], trial)
+    given, baseline, larger = request.resolve(repo, journal.trials[0], trial)
     order = Order(trial=trial.number, seeds=seeds, given=given)
     num_changes = len(changes_of(journal, trial))
     arms = 2 + (num_changes if num_changes > 1 else 0)
     number = number_of(study_folder, order)
     done = len(read_lines(folder_of(study_folder, number) / RUNS_FILE))
     left = max(0, arms * len(seeds) - done)
-    baseline, larger = configs
     each_s = estimate_s(journal.trials[0].runs, baseline, larger)
     summary = (
         f"promotion {number}: trial {trial.number} ({trial.proposal.title}) against the baseline, "
@@ -126,7 +125,7 @@ def plan_job(repo: Path, study_folder: Path, request: Request) -> Job:
         f"{len(seeds)} seeds: {left} runs left, about {minutes(left * each_s)}"
     )
     return Job(
-        plan=plan, journal=journal, trial=trial, order=order, machine=machine, number=number,
+        plan=plan, journal=journal, trial=trial, order=order, number=number,
         summary=summary,
     )  # fmt: skip
 
@@ -221,7 +220,10 @@ def differences_of(study: Study, before: str, after: str) -> dict[str, Any]:
 
 
 def read_test(study: Study, promotion: Promotion, on: Bench) -> None:
-    limit_s = on.config.evaluate.limit_s
+    ledger, limit_s = on.base / "src/nightshift/fixed/ledger.py", on.config.evaluate.limit_s
+    if ledger.exists() and "main_checkout" not in ledger.read_text(encoding="utf-8"):
+        promotion.test_note = "the study's base commit is older than the ledger of all worktrees"
+        return
     result, why = on.read_test(study.folder / promotion.run, limit_s)
     if result is not None and result.status == "ok":
         promotion.test_bpb = result.val_bpb

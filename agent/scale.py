@@ -32,8 +32,8 @@ class Request:
     overrides: list[str] = field(default_factory=list)
 
     def resolve(self, repo: Path, baseline: Trial, trial: Trial) -> tuple:
-        """(given, machine, (the baseline's configuration as it is, and scaled)): flat values of the
-        keys that were given. Checked for baseline and champion. Raises ConfigError."""
+        """(flat values of the keys that were given, the baseline's configuration, and scaled).
+        Checked for baseline and champion. Raises ConfigError."""
         keys = [override.split("=", 1)[0] for override in self.overrides]
         with workspace.conf_at(repo, baseline.commit) as conf:
             wanted = flatten(compose(conf, "config", self.overrides)) if keys else {}
@@ -47,11 +47,9 @@ class Request:
                     f"{plain[1].get(key)}), and one value for all would undo that. Leave it out"
                 )
         given = {key: wanted[key] for key in keys}
-        machine = {k: given.pop(k) for k in keys if k.split(".")[0] in MACHINE}
-        check(unflatten(plain[0] | machine))
         before, after = (check(unflatten(values)) for values in plain)
         scaled(after, given)
-        return given, machine, (before, scaled(before, given))
+        return given, before, scaled(before, given)
 
 
 def read_request(argv: Sequence[str]) -> Request:
@@ -99,7 +97,7 @@ def _key(key: str) -> str:
     key = SHORT.get(key, key)
     group, dot, _ = key.partition(".")
     if not dot or group not in GROUPS + MACHINE:
-        near = nearest(key, [*SHORT, "trial", "seeds", *GROUPS, *MACHINE])
+        near = "" if key in GROUPS + MACHINE else nearest(key, [*SHORT, "trial", "seeds"])
         raise ConfigError(
             f"{key}: a promotion takes trial, seeds, depth, budget, and single keys of "
             f"{', '.join(GROUPS + MACHINE)}.{near}"

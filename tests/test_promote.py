@@ -31,8 +31,13 @@ def given(trials: int) -> list[str]:
     return overrides(trials, "study.baseline_seeds=[1,2]")
 
 
-def study_of(folder: Path, *proposals: Proposal) -> Path:
+def study_of(folder: Path, *proposals: Proposal, **files: str) -> Path:
+    """`files`: modules of fixed/ by name, committed before the study."""
     project = make_project(folder)
+    for name, text in files.items():
+        (project / f"src/nightshift/fixed/{name}.py").write_text(text)
+        run_git(project, "add", ".")
+        run_git(project, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", name)
     script(project, list(proposals))
     assert loop.main(given(len(proposals)), project) == 0
     return project
@@ -127,12 +132,16 @@ def test_a_champion_that_is_worse_at_scale_is_not_promoted_and_test_stays_unread
 
 @pytest.mark.slow
 def test_a_change_on_which_another_stands_cannot_be_separated(tmp_path):
-    project = study_of(tmp_path / "p", bonus(0.0, 0.5), bonus(0.5, 0.6))
+    old = "# a ledger in the outputs/ of whatever worktree reads"
+    project = study_of(tmp_path / "p", bonus(0.0, 0.5), bonus(0.5, 0.6), ledger=old)
     assert main(["first", TWO, "depth=6"], project) == 0
     (promotion,) = read_promotions(study_folder(project))
     assert [v.verdict for v in promotion.verdicts] == ["holds", "cannot be separated", "holds"]
     assert "does not apply without trial 1: edit 1 of 1" in promotion.verdicts[1].reason
     assert read_of(project, promotion.commit)["model.depth"] == 6
+    # Its own code would forget that test was read, so it does not read it.
+    assert promotion.test_bpb is None and "older than the ledger" in promotion.test_note
+    assert not (project / "outputs/tests_read.log").exists()
 
 
 @contextlib.contextmanager
