@@ -43,7 +43,12 @@ from nightshift.fixed.result import digests_of_blobs
 
 CODE_FILES, CONF_FOLDERS = VAL.files, VAL.folders
 CHAMPION = "conf/trial/champion.yaml"
-RECORDS = ("params.yaml", "dvc.lock", "champion")  # what a kept trial's second commit carries
+RECORDS = (
+    "params.yaml",
+    "dvc.yaml",
+    "dvc.lock",
+    "champion",
+)  # a kept trial
 # conf/ holds plain values: nothing that reaches into other groups, names a class or is computed
 NOT_A_VALUE = re.compile(r"\$\{|@package|_target_|^\s*defaults\s*:", re.MULTILINE)
 
