@@ -230,7 +230,7 @@ class Mirror:
     def _fill(self, child: RunLog, trial: Trial, ended_ms: int | None) -> None:
         first = trial.runs[0] if trial.runs else None
         folder = self.folder / first.folder if first and first.folder else None
-        child.params(_config(folder) or trial.proposal.overrides)
+        child.params(self._values(trial, folder) or trial.proposal.overrides)
         child.metrics(trial_metrics(trial), at_ms=ended_ms)
         child.describe(trial_note(trial))
         diff = self.folder / "trials" / number(trial) / DIFF_FILE
@@ -243,14 +243,26 @@ class Mirror:
         for run in trial.parent_runs:
             _artifacts(child, self.folder, run, f"parent_seed_{run.seed}")
 
+    def _values(self, trial: Trial, run: Path | None) -> dict[str, Any] | None:
+        """A run's; of a tuning the trial's own, for its runs have the rates multiplied out."""
+        values = _config(run)
+        if values and values.get("base"):
+            return _config(self.folder / "trials" / number(trial)) or values
+        return values
+
     def _fill_from_run(self, child: RunLog, trial: Trial, folder: Path) -> None:
         child.curve(read_curve(folder / CURVE_FILE))
         training = _training(folder)
         if training:
             child.tags({f"machine.{k}": v for k, v in flatten(training.machine).items()})
         if trial.data_digest:
-            corpus = (_config(folder) or {}).get("corpus", {}).get("source", "corpus")
-            child.dataset(corpus, trial.data_digest, profile={"digest": trial.data_digest})
+            values = _config(folder) or {}
+            group = "conversations" if values.get("base") else "corpus"
+            child.dataset(
+                values.get(group, {}).get("source", group),
+                trial.data_digest,
+                profile={"digest": trial.data_digest},
+            )
         if (folder / SAMPLES_FILE).exists():
             samples = json.loads((folder / SAMPLES_FILE).read_text(encoding="utf-8"))
             child.table(samples, "completions.json")  # the name that pretrain gives: they compare

@@ -44,7 +44,8 @@ from nightshift.fixed.result import digests_of_blobs
 
 CODE_FILES, CONF_FOLDERS = VAL.files, VAL.folders
 CHAMPION = "conf/trial/champion.yaml"
-RECORDS = ("params.yaml", "dvc.lock", "champion")  # what a kept trial's second commit carries
+# what a kept trial's second commit carries
+RECORDS = ("params.yaml", "dvc.yaml", "dvc.lock", "champion")
 PUBLISH = ("publish", "promote")  # the module; its name in studies begun before 2026-11-25
 # conf/ holds plain values: nothing that reaches into other groups, names a class or is computed
 NOT_A_VALUE = re.compile(r"\$\{|@package|_target_|^\s*defaults\s*:", re.MULTILINE)

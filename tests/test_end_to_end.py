@@ -146,6 +146,54 @@ def test_a_promoted_champion_is_reproduced_by_dvc_and_loaded_by_mlflow(clone):
     assert again == number == line["arms"][1]["runs"][0]["val_bpb"], "to the last digit"
 
 
+CHAT = [
+    *SMALL, "study.target=chat_bpb", "study.false_keeps=100", "sft_budget.kind=steps",
+    "sft_budget.amount=8", "chat_evaluate.questions_per_task=2", "chat_evaluate.answer_tokens=4",
+    "chat_evaluate.sample_tokens=4", "runtime.num_threads=1", "study.baseline_seeds=[1,2]",
+]  # fmt: skip
+
+
+def test_a_study_of_chat_trains_its_base_once_and_dvc_has_both(clone):
+    said = run(clone, "nightshift.cli", "study", "study.name=c", "study.trials=1", *CHAT)
+    trials = [json.loads(line) for line in open(clone / "outputs/studies/c/journal.jsonl")]
+    kept = trials[1]  # batches of twice the size, which pays where steps are the budget
+    assert kept["decision"] == "keep" and said.count("the base is trained") == 1
+    assert all(t["val_bpb"] is None for t in trials)
+    other = clone.with_name("chat")
+    subprocess.run(["git", "clone", "-q", "-b", "study/c", str(clone), str(other)], check=True)
+    run(other, "dvc", "cache", "dir", "--local", str(clone / ".dvc/cache"))
+    assert "Running stage" not in run(other, "dvc", "repro")
+    numbers = json.loads((other / "champion/chat/metrics.json").read_text())
+    assert numbers["chat_bpb"] == pytest.approx(kept["runs"][0]["chat_bpb"], abs=1e-6)
+    forced = ["dvc", "repro", "-f", "--no-run-cache", "--single-item"]
+    weights = other / "champion/chat/checkpoint/model.safetensors"
+    before = weights.read_bytes()
+    assert "Running stage 'sft'" in run(other, *forced, "sft")
+    assert weights.read_bytes() == before, "to the bit"
+    weights = other / "champion/checkpoint/model.safetensors"
+    before = weights.read_bytes()
+    run(other, *forced, "pretrain")
+    assert weights.read_bytes() == before, "and so is the base"
+
+
+def test_a_study_may_begin_from_a_checkpoint_that_is_there(clone):
+    folder = clone / "outputs/pretrain/given"
+    small = [*SMALL, "model.depth=2", "tracking=off", f"hydra.run.dir={folder}"]
+    run(clone, "nightshift.pretrain", *small)
+    arguments = ["study.name=g", "study.trials=0", "base=pretrain/given", *CHAT]
+    assert "the base is trained" not in run(clone, "nightshift.cli", "study", *arguments)
+    weights = (folder / "checkpoint/model.safetensors").read_bytes()
+    shutil.rmtree(folder)
+    other = clone.with_name("given")
+    subprocess.run(["git", "clone", "-q", "-b", "study/g", str(clone), str(other)], check=True)
+    run(other, "dvc", "cache", "dir", "--local", str(clone / ".dvc/cache"))
+    assert "Running stage" not in run(other, "dvc", "repro")
+    assert (other / "champion/checkpoint/model.safetensors").read_bytes() == weights
+    conf = other / "conf/optim/muon.yaml"
+    conf.write_text(conf.read_text().replace("momentum: 0.95", "momentum: 0.9"))
+    assert "Running stage 'pretrain'" not in run(other, "dvc", "repro", "pretrain")
+
+
 def test_a_sweep_with_a_bad_job_keeps_the_others(clone):
     from nightshift.fixed.config import Tracking
     from nightshift.fixed.tracking import open_store

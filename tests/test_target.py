@@ -2,12 +2,16 @@
 
 import os
 import signal
+import types
 from dataclasses import asdict
 
 import pytest
+import torch
 import yaml
+from edited import changed_values, edited_files
 from standin import edit, journal_of, make_project, overrides, run_git, script, values
 from test_loop import assert_nothing_is_left, started, study_folder, wait_for
+from tiny import config
 
 from agent import workspace
 from agent.base import recipe
@@ -17,7 +21,8 @@ from agent.proposers.recipes import folder_of, read_recipes
 from agent.settings import differences, read_plan
 from agent.target import CHAT
 from agent.workspace import Refused
-from nightshift.fixed.config import CONF, ConfigError
+from nightshift.fixed.config import CONF, ROOT, ConfigError
+from nightshift.model import GPT
 
 CHAT_STUDY = "study.target=chat_bpb"
 TWO_SEEDS = "study.baseline_seeds=[1,2]"
@@ -216,3 +221,30 @@ def test_recipes_of_another_target_are_left_out():
     assert len(chat) >= 5 and not {r.title for r in chat} & {r.title for r in val}
     for one in (e for r in chat for e in r.edits):
         assert one.path in CHAT.files or os.path.dirname(one.path) in CHAT.folders, one.path
+
+
+CHAT_RECIPES = read_recipes(folder_of(CHAT))
+
+
+@pytest.mark.parametrize("recipe", CHAT_RECIPES, ids=lambda r: r.title)
+def test_a_recipe_of_tuning_fits_and_what_it_makes_learns(recipe, tmp_path):
+    texts = edited_files(recipe)
+    changed = changed_values(recipe)
+    assert all(key.startswith("sft.") for key in changed) and (changed or CHAT.files[0] in texts)
+    module = types.ModuleType("tuning")
+    source = texts.get(CHAT.files[0], (ROOT / CHAT.files[0]).read_text())
+    exec(compile(source, CHAT.files[0], "exec"), module.__dict__)
+    cfg = config(tmp_path)
+    torch.manual_seed(0)
+    tuning = module.TuningModule(GPT(cfg.model, 300), cfg, torch.float32, False)
+    optimizer, losses = tuning.configure_optimizers(), []
+    tokens = torch.randint(0, 300, (4, 33))
+    targets = tokens[:, 1:].masked_fill(torch.rand(4, 32) < 0.5, -100)
+    for _ in range(8):
+        loss = tuning.training_step((tokens[:, :-1], targets), 0)
+        loss.backward()
+        tuning.on_before_optimizer_step(optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(tuning.losses[-1]))
+    assert losses[-1] < losses[0] - 0.1, "it learns a batch by heart"

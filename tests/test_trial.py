@@ -13,6 +13,7 @@ import yaml
 from standin import behave, make_project
 
 from agent import workspace
+from agent.target import CHAT
 from agent.trial import Bench, Interrupted, Stop, distrust
 from agent.warm import MARK, STUDY_MARK, Starter, StartError, kill_marked, marked_processes
 from nightshift.fixed.config import config_digest
@@ -182,12 +183,22 @@ def bound(config, **changes) -> Result:
         ({"config_digest": "0"}, "its config_digest is '0'"),
         ({"budget": {"kind": "seconds", "amount": 9999.0}}, "its budget is"),
         ({"weights_sha256": "v"}, "its weights_sha256 is 'v'"),
+        ({"base_sha256": "b"}, "its base_sha256 is 'b', None was started"),
     ],
 )
 def test_a_result_that_is_bound_to_something_else_is_invalid(bench, changes, words):
     found = distrust(bound(bench.config, **changes), CODE, bench.config)
     assert found.status == ("invalid" if words else "ok")
     assert words is None or (words in found.message and found.val_bpb is None)
+
+
+def test_a_result_of_another_base_or_of_another_number_is_invalid(bench):
+    result = bound(bench.config, base_sha256="b")
+    for base, words in (("b", "it has no chat_bpb"), ("c", "its base_sha256 is 'b'")):
+        found = distrust(result, CODE, bench.config, CHAT, base)
+        assert found.status == "invalid" and words in found.message
+    result.val_bpb, result.chat_bpb = None, 3.0
+    assert distrust(result, CODE, bench.config, CHAT, "b").chat_bpb == 3.0
 
 
 def test_a_result_without_binding_or_required_protections_is_invalid(bench):

@@ -13,10 +13,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from nightshift.fixed.batches import ensure_tokens
 from nightshift.fixed.chats import ensure_chats
 from nightshift.fixed.checkpoint import read_config, write_config
-from nightshift.fixed.config import ROOT, Config, ConfigError
+from nightshift.fixed.config import ROOT, Config, ConfigError, check
 from nightshift.fixed.corpus import ensure_corpus
 from nightshift.fixed.ledger import main_checkout
 from nightshift.fixed.result import (
@@ -33,20 +35,36 @@ from nightshift.stage import CHAMPION, CHAT, chat_evaluate, publish
 # What a pretraining run stands for. The chat stages come after it: `dvc repro` runs them.
 STAGES = ("compose", "corpus", "tokenizer", "tokens", "pretrain", "evaluate")
 CHAT_STAGES = ("chats", "sft", "chat_evaluate")  # what a tuning stands for besides
+# Values that the stages up to `pretrain` read: a base that was made with others is not theirs.
+OF_A_BASE = (
+    "seed", "corpus", "filter", "tokenizer", "model", "optim", "schedule", "train", "budget",
+)  # fmt: skip
 
 
 def publish_run(run: Path) -> None:
     share_cache()
     config = read_config(run / CONFIG_FILE)
     place_data(config)
-    pretraining = run if config.base is None else base_folder(config).parent
-    if pretraining.resolve() != CHAMPION:
-        publish(pretraining, CHAMPION, CHECKPOINT_FOLDER, TRAINING_FILE, RESULT_FILE, CURVE_FILE)
     if config.base is None:
-        commit(STAGES)
-    else:
-        place_tuned(run, config)
-        commit((*STAGES, *CHAT_STAGES))
+        publish(run, CHAMPION, CHECKPOINT_FOLDER, TRAINING_FILE, RESULT_FILE, CURVE_FILE)
+        dvc("commit", "--force", *STAGES)
+        return
+    place_base(base_folder(config))
+    place_tuned(run, config)
+    dvc("commit", "--force", *STAGES, *CHAT_STAGES)
+
+
+def place_base(checkpoint: Path) -> None:
+    """What tuning began from, as the champion. One that the stages before `sft` would not make is
+    frozen, so that `dvc repro` leaves it as it is."""
+    if checkpoint.resolve() != CHAMPION / CHECKPOINT_FOLDER:
+        run, names = checkpoint.parent, (TRAINING_FILE, RESULT_FILE, CURVE_FILE)
+        there = [name for name in names if (run / name).is_file()]
+        publish(run, CHAMPION, CHECKPOINT_FOLDER, *there)
+    made = read_config(CHAMPION / CHECKPOINT_FOLDER / CONFIG_FILE)
+    asked = check(yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8")))
+    if any(getattr(made, name) != getattr(asked, name) for name in OF_A_BASE):
+        dvc("freeze", *STAGES[1:])
 
 
 def place_tuned(run: Path, config: Config) -> None:
@@ -61,16 +79,16 @@ def place_tuned(run: Path, config: Config) -> None:
     chat_evaluate(config.model_copy(update={"tracking": silent}))
 
 
-def commit(stages: tuple[str, ...]) -> None:
+def dvc(action: str, *arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "dvc", "commit", "--force", "--quiet", *stages],
+        [sys.executable, "-m", "dvc", action, "--quiet", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
-        raise ConfigError(f"dvc commit failed in {ROOT}: {last}")
+        raise ConfigError(f"dvc {action} failed in {ROOT}: {last}")
 
 
 def place_data(config: Config) -> None:
