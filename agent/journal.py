@@ -30,6 +30,10 @@ class Proposal:
     source: str  # baseline | sampler | recipes | ...
     overrides: dict[str, Any] = field(default_factory=dict)  # {"optim.matrix_lr": 0.03}
     edits: list[Edit] = field(default_factory=list)
+    id: str | None = None  # of one that came through the inbox (inbox.py)
+    near: list[int] = field(default_factory=list)  # earlier trials that are much like this one
+    differs: str = ""  # from these: what does
+    repeats: int | None = None  # trial that it computes again on purpose, on seeds of its own
 
     @property
     def kind(self) -> str:
@@ -83,6 +87,8 @@ class Trial:
     commit: str | None = None  # the code and config that ran
     digest: str | None = None  # of resolved config and editable code
     data_digest: str | None = None
+    changed: dict[str, Any] | None = None  # editable values that are not the baseline's
+    shape: str | None = None  # of the code, names and comments left out (novelty.py)
     lines_added: int = 0
     lines_removed: int = 0
     started_at: str = ""  # UTC, ISO 8601
@@ -96,8 +102,9 @@ class Trial:
 class Journal:
     """Trials in order; trial n is line n."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, read_only: bool = False):
+        """`read_only`: for a process that does not run the study, which may be writing now."""
+        self.path, self.read_only = path, read_only
         self.trials: list[Trial] = []
         if path.exists():
             self._read()
@@ -105,7 +112,7 @@ class Journal:
     def _read(self) -> None:
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):  # a kill in mid-append: that trial never existed
+        if len(whole) < len(data) and not self.read_only:  # a kill in mid-append: that trial never existed
             with open(self.path, "r+b") as file:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.decode("utf-8").splitlines()):

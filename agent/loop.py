@@ -18,15 +18,16 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from agent import workspace
+from agent import outside, workspace
 from agent.journal import Proposal, Trial, proposal_from_json
+from agent.novelty import State, changed_values, editable_values, near_trial, objection
 from agent.proposers import Context, mixed
 from agent.seeds import BaselineFailed, on_this_machine, run_seeds
 from agent.settings import StudyError, read_plan
 from agent.study import BASE_FOLDER, Study, marks_of, open_study, settle, stop_on_signals
 from agent.trial import Bench, Interrupted
 from agent.warm import StartError
-from nightshift.fixed.config import ROOT, ConfigError
+from nightshift.fixed.config import ROOT, Config, ConfigError
 from nightshift.fixed.result import write_json
 
 BASELINE = Proposal(
@@ -86,12 +87,13 @@ def run_study(study: Study) -> None:
 
 def run_trial(study: Study, number: int, parent: Trial | None) -> Trial | None:
     """Propose, apply, run and judge; None when there is no proposal. Changes no branch."""
-    folder, started = study.folder / f"trials/{number:03d}", time.monotonic()
+    folder = study.folder / f"trials/{number:03d}"
     commit = parent.commit if parent else study.settings["first_commit"]
     with workspace.worktree(study.repo, folder / "worktree", commit) as tree:
         proposal = next_proposal(study, number, folder, tree) if parent else BASELINE
         if proposal is None:
             return None
+        started = time.monotonic()  # waiting for a proposal is no cost of the trial
         study.view.begin(number, proposal.title)
         trial = Trial(
             number=number,
@@ -135,6 +137,7 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
         sources=study.plan.study.sources,
         read=read,
         note=study.note,
+        outside=lambda patient: outside.take(study, number, patient),
     )
     proposal = mixed.propose(context)
     if proposal is not None:
@@ -146,25 +149,32 @@ def apply(study: Study, trial: Trial, tree: Path, folder: Path, commit: str):
     """The trial's resolved configuration; fills in what the change is. Raises Refused."""
     if trial.parent is None:
         config, trial.commit = workspace.resolve(tree), commit
-        trial.digest = workspace.state_digest(tree, config)
+        trial.digest, trial.shape = workspace.state_digest(tree, config), workspace.shape_at(tree)
     else:
         title = f"trial {trial.number:03d}: {trial.proposal.title}"
         applied = workspace.apply(tree, trial.proposal, title)
-        config, trial.commit, trial.digest = applied.config, applied.commit, applied.digest
+        config, trial.commit = applied.config, applied.commit
+        trial.digest, trial.shape = applied.digest, applied.shape
         trial.lines_added, trial.lines_removed = applied.lines_added, applied.lines_removed
         (folder / "diff.patch").write_text(applied.diff, "utf-8", "surrogateescape")
     workspace.point_trial(study.repo, study.name, trial.number, trial.commit)
-    for earlier in study.journal.trials:
-        if earlier.digest == trial.digest:
-            raise workspace.Refused(
-                f"same configuration and code as trial {earlier.number} "
-                f"('{earlier.proposal.title}'); a trial must differ from every earlier one. "
-                "Propose another value or another edit."
-            )
+    check_novelty(study, trial, config)
     config = on_this_machine(study, config)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(config.model_dump()), folder / "config.yaml")
     return config
+
+
+def check_novelty(study: Study, trial: Trial, config: Config) -> None:
+    """Raises Refused; fills in what later trials are compared with."""
+    baseline, trials = editable_values(study.plan.config), study.journal.trials
+    trial.changed = changed_values(config, baseline)
+    state = State(trial.digest, trial.changed, trial.shape)
+    if why := objection(trials, trial.proposal, state, baseline, study.plan.space):
+        raise workspace.Refused(why)
+    near = near_trial(trials, state, baseline, study.plan.space)
+    if near and near.number not in trial.proposal.near:
+        trial.proposal.near.append(near.number)
 
 
 def bench(study: Study, trial: Trial, tree: Path, folder: Path, config) -> Bench:

@@ -31,7 +31,7 @@ HARNESS_KEYS = (
     "sandbox",
     "tracking",
 )  # not what is learned
-MAY_CHANGE = ("trials", "warm", "keep_checkpoints")  # when a study is started again
+MAY_CHANGE = ("trials", "warm", "keep_checkpoints", "outside_wait_s")  # when a study is started again
 
 
 class StudyError(RuntimeError):
@@ -74,6 +74,7 @@ class StudySettings(Group):
     equal_within: float = Field(ge=0, le=2)
     drift_every: int = Field(ge=0)
     sources: dict[str, float]
+    outside_wait_s: float = Field(default=300.0, ge=0)
     preflight_steps: int = Field(ge=1)
     warm: bool
     keep_checkpoints: bool
@@ -230,6 +231,7 @@ def _comparable(values: dict[str, Any]) -> dict[str, Any]:
     flat = flatten(values["config"])
     config = {k: v for k, v in flat.items() if k.split(".")[0] not in HARNESS_KEYS}
     study = {k: v for k, v in values["study"].items() if k not in MAY_CHANGE}
+    study["sources"] = {name: share for name, share in study["sources"].items() if share}
     device = {key: flat[key] for key in ("runtime.device", "runtime.num_threads")}
     return config | device | flatten({"study": study, "space": values["space"]})
 

@@ -48,6 +48,7 @@ class Study:
     view: View
     mirror: Mirror
     told: set[str] = field(default_factory=set)
+    given_up: bool = False  # the last wait for a proposal from outside was in vain (outside.py)
 
     @property
     def name(self) -> str:

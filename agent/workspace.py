@@ -18,7 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from agent.journal import Edit, Journal, Proposal
+from agent.novelty import shape_of
 from agent.settings import HARNESS_KEYS, StudyError, compose
 from nightshift.fixed.config import (
     EDITABLE_GROUPS,
@@ -73,6 +74,7 @@ class Applied:
     config: Config
     commit: str
     digest: str
+    shape: str
     diff: str
     lines_added: int
     lines_removed: int
@@ -252,12 +254,14 @@ def reproducible(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in HARNESS_KEYS}
 
 
-def merge_into_champion(path: Path, flat: dict[str, Any]) -> None:
-    """Set dotted keys in champion.yaml; its other values and the comment at its head stay."""
+def merge_into_champion(path: Path, flat: dict[str, Any], needless: Sequence[str] = ()) -> None:
+    """Set dotted keys in champion.yaml; its other values and the comment at its head stay.
+    `needless` keys go: conf/ says the same without them, so going back to it is fewer lines."""
     text = path.read_text(encoding="utf-8") if path.exists() else "# @package _global_\n"
     head = re.match(r"(?:#.*\n)*", text)[0]
     values = OmegaConf.to_container(OmegaConf.create(text)) or {}
-    merged = unflatten(flatten(values) | flat)
+    merged = flatten(values) | flat
+    merged = unflatten({key: value for key, value in merged.items() if key not in needless})
     body = OmegaConf.to_yaml(OmegaConf.create(merged)) if merged else "{}\n"
     path.write_text(head + body, encoding="utf-8")
 
@@ -310,6 +314,7 @@ def apply(tree: Path, proposal: Proposal, title: str) -> Applied:
         config=config,
         commit=commit,
         digest=state_digest(tree, config),
+        shape=shape_at(tree),
         diff=git(tree, "diff", parent, commit) + "\n",
         lines_added=added,
         lines_removed=removed,
@@ -363,6 +368,11 @@ def state_digest(tree: Path, config: Config) -> str:
     return digest([config_digest(config), code])
 
 
+def shape_at(tree: Path) -> str:
+    present = [tree / path for path in CODE_FILES if (tree / path).exists()]
+    return shape_of(path.read_text(encoding="utf-8") for path in present)
+
+
 def _apply_overrides(tree: Path, overrides: dict[str, Any], before: Config) -> None:
     keys = flatten(before.model_dump())
     editable = [key for key in keys if key.split(".")[0] in EDITABLE_GROUPS]
@@ -375,7 +385,9 @@ def _apply_overrides(tree: Path, overrides: dict[str, Any], before: Config) -> N
             )
         raise Refused(f"override {key}: there is no such key.{nearest(key, editable)}")
     if overrides:
-        merge_into_champion(tree / CHAMPION, overrides)
+        without = flatten(compose(tree / "conf", "config", ["trial=none"]))
+        needless = [key for key, value in overrides.items() if without.get(key, ...) == value]
+        merge_into_champion(tree / CHAMPION, overrides, needless)
 
 
 def _apply_edit(tree: Path, edit: Edit, which: str) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from agent.journal import Journal
+from agent.journal import Journal, Proposal
+from nightshift.fixed.config import ConfigError, check, unflatten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,3 +27,27 @@ class Context:
         [str], str | None
     ]  # path in the repository -> the incumbent's text, None: no file
     note: Callable[[str], None] = field(default=lambda text: None)  # one line for the person
+    # (patient) -> the next proposal of the inbox; not patient: None after study.outside_wait_s
+    outside: Callable[[bool], Proposal | None] = field(default=lambda patient: None)
+
+
+def misfit(proposal: Proposal, read: Callable[[str], str | None]) -> str | None:
+    """Why the edits do not apply to the incumbent's text; None if they do."""
+    texts: dict[str, str] = {}
+    for edit in proposal.edits:
+        text = texts.get(edit.path) or read(edit.path)
+        if text is None:
+            return f"there is no {edit.path} at the incumbent"
+        if (count := text.count(edit.search)) != 1:
+            return f"its search text occurs {count} times in {edit.path} at the incumbent"
+        texts[edit.path] = text.replace(edit.search, edit.replace)  # the next edit sees this one
+    return None
+
+
+def is_valid(flat: dict[str, Any]) -> bool:
+    """Do these flat values make a configuration?"""
+    try:
+        check(unflatten(flat))
+        return True
+    except ConfigError:
+        return False

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from agent.journal import Edit, Proposal
-from agent.proposers import Context
+from agent.proposers import Context, misfit
 from nightshift.fixed.config import ConfigError
 
 FOLDER = Path(__file__).parent / "recipes"
@@ -30,22 +30,10 @@ def propose(context: Context, folder: Path = FOLDER) -> Proposal | None:
     for recipe in recipes:
         if recipe.title in tried:
             continue
-        if misfit := _misfit(recipe, context):
-            context.note(f"recipe '{recipe.title}' left out: {misfit}")
+        if why := misfit(recipe, context.read):
+            context.note(f"recipe '{recipe.title}' left out: {why}")
             continue
         return recipe
-    return None
-
-
-def _misfit(recipe: Proposal, context: Context) -> str | None:
-    texts: dict[str, str] = {}
-    for edit in recipe.edits:
-        text = texts.get(edit.path) or context.read(edit.path)
-        if text is None:
-            return f"there is no {edit.path} at the incumbent"
-        if (count := text.count(edit.search)) != 1:
-            return f"its search text occurs {count} times in {edit.path} at the incumbent"
-        texts[edit.path] = text.replace(edit.search, edit.replace)  # the next edit sees this one
     return None
 
 
