@@ -154,13 +154,7 @@ def apply(study: Study, trial: Trial, tree: Path, folder: Path, commit: str):
         trial.lines_added, trial.lines_removed = applied.lines_added, applied.lines_removed
         (folder / "diff.patch").write_text(applied.diff, "utf-8", "surrogateescape")
     workspace.point_trial(study.repo, study.name, trial.number, trial.commit)
-    for earlier in study.journal.trials:
-        if earlier.digest == trial.digest:
-            raise workspace.Refused(
-                f"same configuration and code as trial {earlier.number} "
-                f"('{earlier.proposal.title}'); a trial must differ from every earlier one. "
-                "Propose another value or another edit."
-            )
+    workspace.must_be_new(trial.digest, study.journal)
     config = on_this_machine(study, config)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(config.model_dump()), folder / "config.yaml")

@@ -363,6 +363,17 @@ def state_digest(tree: Path, config: Config) -> str:
     return digest([config_digest(config), code])
 
 
+def must_be_new(digest: str, journal: Journal) -> None:
+    """Raises Refused for what computes the same as an earlier trial."""
+    for earlier in journal.trials:
+        if earlier.digest == digest:
+            raise Refused(
+                f"same configuration and code as trial {earlier.number} "
+                f"('{earlier.proposal.title}'); a trial must differ from every earlier one. "
+                "Propose another value or another edit."
+            )
+
+
 def _apply_overrides(tree: Path, overrides: dict[str, Any], before: Config) -> None:
     keys = flatten(before.model_dump())
     editable = [key for key in keys if key.split(".")[0] in EDITABLE_GROUPS]
@@ -395,16 +406,21 @@ def _apply_edit(tree: Path, edit: Edit, which: str) -> None:
     path.write_bytes(text.replace(edit.search, edit.replace).encode("utf-8"))
 
 
-def _editable_path(tree: Path, name: str, which: str) -> Path:
+def is_editable(name: str) -> bool:
+    """By its path alone; whether there is such a file is another question."""
     plain = PurePosixPath(name)
     in_conf = str(plain.parent) in CONF_FOLDERS and plain.suffix == ".yaml"
-    if str(plain) != name or not (name in CODE_FILES or in_conf):
+    return str(plain) == name and (name in CODE_FILES or in_conf)
+
+
+def _editable_path(tree: Path, name: str, which: str) -> Path:
+    if not is_editable(name):
         raise Refused(f"{which}: {name} is not editable. Editable: {EDITABLE}.")
     path = tree / name
     if path.resolve() != tree.resolve() / name:
         raise Refused(f"{which}: {name} is a symbolic link, so not editable. Editable: {EDITABLE}.")
     if not path.is_file():
-        there = [p.relative_to(tree).as_posix() for p in path.parent.glob(f"*{plain.suffix}")]
+        there = [p.relative_to(tree).as_posix() for p in path.parent.glob(f"*{path.suffix}")]
         raise Refused(f"{which}: there is no file {name}.{nearest(name, there)}")
     return path
 
