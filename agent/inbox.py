@@ -61,7 +61,7 @@ class Inbox:
         return [name for name in self.ids() if name not in done and self.refusal(name) is None]
 
     def read(self, name: str) -> Any:
-        """The values as submitted. Raises ValueError for what is not JSON: anyone can write here."""
+        """The values as submitted. Anyone can write here: ValueError for what is not JSON."""
         path = self.folder / f"{name}.json"
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path.name} has more than {MAX_BYTES} bytes")

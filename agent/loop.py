@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 
 from agent import outside, workspace
 from agent.journal import Proposal, Trial, proposal_from_json
-from agent.novelty import State, changed_values, editable_values, near_trial, objection
+from agent.novelty import State, changed_values, editable_values, near_trial
 from agent.proposers import Context, mixed
 from agent.seeds import BaselineFailed, on_this_machine, run_seeds
 from agent.settings import StudyError, read_plan
@@ -167,12 +167,11 @@ def apply(study: Study, trial: Trial, tree: Path, folder: Path, commit: str):
 
 def check_novelty(study: Study, trial: Trial, config: Config) -> None:
     """Raises Refused; fills in what later trials are compared with."""
-    baseline, trials = editable_values(study.plan.config), study.journal.trials
+    baseline, space = editable_values(study.plan.config), study.plan.space
     trial.changed = changed_values(config, baseline)
     state = State(trial.digest, trial.changed, trial.shape)
-    if why := objection(trials, trial.proposal, state, baseline, study.plan.space):
-        raise workspace.Refused(why)
-    near = near_trial(trials, state, baseline, study.plan.space)
+    workspace.must_be_new(study.journal, trial.proposal, state, baseline, space)
+    near = near_trial(study.journal.trials, state, baseline, space)
     if near and near.number not in trial.proposal.near:
         trial.proposal.near.append(near.number)
 

@@ -47,7 +47,7 @@ def objection(
     near = near_trial(trials, state, baseline, space)
     if near and not proposal.differs.strip():
         return (
-            f"nearly the same as trial {near.number} ('{near.proposal.title}', {result_of(near)}): "
+            f"much like trial {near.number} ('{near.proposal.title}', {result_of(near)}): "
             f"values within {TOLERANCE:.0%}, and code that differs in names or docstrings at most. "
             "Say in `differs` what is new about it, or propose something else."
         )
@@ -64,7 +64,9 @@ def _wrong_repeat(trials: Sequence[Trial], number: int, state: State) -> str | N
         )
     incumbent = next((t for t in reversed(trials) if t.decision == "keep"), None)
     if incumbent and incumbent.digest == state.digest:
-        return f"repeats {number}: that is the incumbent, which is what each trial is compared with."
+        return (
+            f"repeats {number}: that is the incumbent, which is what each trial is compared with."
+        )
     return None
 
 

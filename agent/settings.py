@@ -31,7 +31,12 @@ HARNESS_KEYS = (
     "sandbox",
     "tracking",
 )  # not what is learned
-MAY_CHANGE = ("trials", "warm", "keep_checkpoints", "outside_wait_s")  # when a study is started again
+MAY_CHANGE = (
+    "trials",
+    "warm",
+    "keep_checkpoints",
+    "outside_wait_s",
+)  # when a study is started again
 
 
 class StudyError(RuntimeError):

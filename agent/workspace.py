@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from agent.journal import Edit, Journal, Proposal
-from agent.novelty import shape_of
+from agent.novelty import State, objection, shape_of
 from agent.settings import HARNESS_KEYS, StudyError, compose
 from nightshift.fixed.config import (
     EDITABLE_GROUPS,
@@ -373,6 +373,14 @@ def shape_at(tree: Path) -> str:
     return shape_of(path.read_text(encoding="utf-8") for path in present)
 
 
+def must_be_new(
+    journal: Journal, proposal: Proposal, state: State, baseline: dict, space: dict
+) -> None:
+    """Raises Refused for what an earlier trial computes, or nearly (novelty.py)."""
+    if why := objection(journal.trials, proposal, state, baseline, space):
+        raise Refused(why)
+
+
 def _apply_overrides(tree: Path, overrides: dict[str, Any], before: Config) -> None:
     keys = flatten(before.model_dump())
     editable = [key for key in keys if key.split(".")[0] in EDITABLE_GROUPS]
@@ -407,16 +415,21 @@ def _apply_edit(tree: Path, edit: Edit, which: str) -> None:
     path.write_bytes(text.replace(edit.search, edit.replace).encode("utf-8"))
 
 
-def _editable_path(tree: Path, name: str, which: str) -> Path:
+def is_editable(name: str) -> bool:
+    """By its path alone; whether there is such a file is another question."""
     plain = PurePosixPath(name)
     in_conf = str(plain.parent) in CONF_FOLDERS and plain.suffix == ".yaml"
-    if str(plain) != name or not (name in CODE_FILES or in_conf):
+    return str(plain) == name and (name in CODE_FILES or in_conf)
+
+
+def _editable_path(tree: Path, name: str, which: str) -> Path:
+    if not is_editable(name):
         raise Refused(f"{which}: {name} is not editable. Editable: {EDITABLE}.")
     path = tree / name
     if path.resolve() != tree.resolve() / name:
         raise Refused(f"{which}: {name} is a symbolic link, so not editable. Editable: {EDITABLE}.")
     if not path.is_file():
-        there = [p.relative_to(tree).as_posix() for p in path.parent.glob(f"*{plain.suffix}")]
+        there = [p.relative_to(tree).as_posix() for p in path.parent.glob(f"*{path.suffix}")]
         raise Refused(f"{which}: there is no file {name}.{nearest(name, there)}")
     return path
 

@@ -12,6 +12,11 @@ COMMANDS = {
         "agent.loop",
         "run a study: baseline, then trials; keep what is better (resumes by name)",
     ),
+    "agent": (
+        "agent.shell",
+        "an outside agent's tools on a study, JSON in and out: propose, status",
+    ),
+    "mcp": ("agent.mcp_server", "the same tools as an MCP server on stdin and stdout"),
     "report": ("agent.report", "chart, table and summary of a study"),
     "pretrain": (
         "nightshift.pretrain",
