@@ -33,6 +33,7 @@ from nightshift.fixed.config import ConfigError, nearest
 
 POLL_S = 0.2
 NO_PROCESS_S = 5.0  # a study that is started again needs so long until it holds its lock
+TELL_S = 10.0  # at least so often: clients give up on what is silent
 MAX_WAIT_S = 24 * 3600.0
 SOURCE = "outside"
 
@@ -213,15 +214,17 @@ def wait_for(
     study: StudyFiles, name: str, limit_s: float, tell: Callable[[str], None]
 ) -> dict[str, Any]:
     """Its outcome; before the decision if the time is over or no process runs the study."""
-    deadline, alive_at, told = time.monotonic() + limit_s, time.monotonic(), None
+    deadline, alive_at = time.monotonic() + limit_s, time.monotonic()
+    told, told_at = None, 0.0
     while True:
         found, now = outcome_of(study, name), time.monotonic()
         alive_at = now if is_running(study.folder) else alive_at
         alone = not left(study) or now - alive_at > NO_PROCESS_S
         if found["state"] in ("done", "refused") or now >= deadline or alone:
             return found
-        if found["now"] != told:
-            tell(told := found["now"])
+        if found["now"] != told or now - told_at > TELL_S:
+            told, told_at = found["now"], now
+            tell(told)
         time.sleep(POLL_S)
         study = again(study)
 

@@ -2,7 +2,7 @@
 
     nightshift agent first status
     nightshift agent first propose '{"title": ..., "hypothesis": ..., "overrides": {...}}'
-    nightshift agent first propose < proposal.json
+    nightshift agent first propose - < proposal.json
 
 Standard output is one JSON object and nothing else; what happens meanwhile is on standard error.
 """
@@ -30,10 +30,10 @@ def main(argv: list[str], repo: Path = ROOT) -> int:
 
 def usage() -> str:
     lines = [
-        "usage: nightshift agent <study> <tool> ['<arguments as JSON>']",
+        "usage: nightshift agent <study> <tool> ['<arguments as JSON>' | -]",
         "",
-        "Without arguments on the line they are read from standard input, if that is a pipe or a",
-        'file. The answer is one JSON object; a mistake is {"error": ...} with exit status 2.',
+        "With - the arguments are read from standard input. The answer is one JSON object; a",
+        'mistake is {"error": ...} with exit status 2. The tools:',
     ]
     for name, tool in outside.TOOLS.items():
         lines += ["", f"{name}: {tool.description}"]
@@ -45,18 +45,14 @@ def usage() -> str:
 
 
 def ask(argv: list[str], repo: Path) -> dict[str, Any]:
-    if len(argv) == 1 or len(argv) > 3:
-        return {
-            "error": "give a study, a tool and its arguments as one JSON object; --help has all"
-        }
-    study, tool, *given = argv
-    text = given[0] if given else "" if sys.stdin.isatty() else sys.stdin.read(MAX_CHARS + 1)
+    if len(argv) not in (2, 3):
+        return {"error": "give a study, a tool and its arguments as one JSON object; see --help"}
+    study, tool, text = [*argv, "{}"][:3]
+    text = sys.stdin.read(MAX_CHARS + 1) if text == "-" else text
     if len(text) > MAX_CHARS:
         return {"error": f"the arguments have more than {MAX_CHARS} characters; propose less"}
     try:
-        arguments = json.loads(text) if text.strip() else {}
+        arguments = json.loads(text)
     except (ValueError, RecursionError) as error:
-        return {
-            "error": f'the arguments are not JSON ({error}). Write one object: {{"id": "p0001"}}'
-        }
+        return {"error": f"the arguments are not JSON: {error}. Write one object, in quotes"}
     return outside.call(repo, study, tool, arguments, lambda now: print(now, file=sys.stderr))
