@@ -65,7 +65,10 @@ class Inbox:
         path = self.folder / f"{name}.json"
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path.name} has more than {MAX_BYTES} bytes")
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except RecursionError:
+            raise ValueError(f"{path.name} is nested too deeply") from None
 
     def refuse(self, name: str, reason: str) -> None:
         write_json(self._refusal(name), {"reason": reason})

@@ -240,10 +240,9 @@ def again(study: StudyFiles) -> StudyFiles:
 
 def outcome_of(study: StudyFiles, name: str) -> dict[str, Any]:
     inbox = Inbox(study.folder)
-    if name not in inbox.ids():
-        raise Refused(
-            f"{name}: there is no such proposal. The last is {(inbox.ids() or ['-'])[-1]}."
-        )
+    if name not in (known := inbox.ids()):
+        last = f"the last is {known[-1]}" if known else "there is none yet"
+        raise Refused(f"{name}: there is no such proposal; {last}.")
     for trial in study.journal.trials:
         if trial.proposal.id == name:
             return {"id": name, "state": "done", **decided(study, trial)}
