@@ -128,29 +128,36 @@ def shape_of(sources: Iterable[str]) -> str:
 
 def _shape(module: ast.Module) -> str:
     own = _own_names(module)
-    numbers: dict[str, str] = {}
+    numbers: dict[tuple[bool, str], str] = {}
+
+    def number(name: str, is_attribute: bool = False) -> str:
+        key = (is_attribute, name)
+        return numbers.setdefault(key, f"n{len(numbers)}") if key in own else name
+
     for node in ast.walk(module):
         _drop_docstring(node)
-        for field in ("id", "attr", "arg", "name", "asname"):
-            name = getattr(node, field, None)
-            if name in own:
-                setattr(node, field, numbers.setdefault(name, f"n{len(numbers)}"))
+        for field in ("id", "arg", "name", "attr"):
+            if isinstance(name := getattr(node, field, None), str):
+                setattr(node, field, number(name, field == "attr"))
         if isinstance(node, ast.Global | ast.Nonlocal):
-            node.names = [numbers.setdefault(name, f"n{len(numbers)}") for name in node.names]
+            node.names = [number(name) for name in node.names]
     return ast.dump(module)
 
 
-def _own_names(module: ast.Module) -> set[str]:
-    """Names that the file gives: variables, arguments, functions, classes, attributes it sets."""
+def _own_names(module: ast.Module) -> set[tuple[bool, str]]:
+    """(is it an attribute, name) of what the file names itself: variables, arguments, functions,
+    classes, attributes that it sets. An attribute and a variable may bear one name."""
     names = set()
     for node in ast.walk(module):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            names.add(node.name)
+            names |= {(False, node.name), (True, node.name)}
         elif isinstance(node, ast.arg):
-            names.add(node.arg)
+            names.add((False, node.arg))
         elif isinstance(getattr(node, "ctx", None), ast.Store):
-            names.add(getattr(node, "id", None) or getattr(node, "attr", None))
-    return {name for name in names if name and not name.startswith("__")}
+            is_attribute = isinstance(node, ast.Attribute)
+            name = node.attr if is_attribute else getattr(node, "id", None)
+            names.add((is_attribute, name))
+    return {(kind, name) for kind, name in names if name and not name.startswith("__")}
 
 
 def _drop_docstring(node: ast.AST) -> None:

@@ -1,10 +1,10 @@
 """Two changes at once, and one change fewer: from a journal that is made up."""
 
+from test_proposers import VALUES, context
+
 from agent.journal import Edit, Proposal, Trial
 from agent.proposers import combine, simplify
 from nightshift.fixed.config import flatten
-
-from test_proposers import VALUES, context  # noqa: I001
 
 MODEL = "src/nightshift/model.py"
 

@@ -102,7 +102,6 @@ SHORT = [
     ("propose", bonus(0.0, 0.5, wait=False)),
     ("propose", {"title": "no hypothesis"}),
     ("outcome", {"id": "p0001", "wait_s": 60}),
-    ("propose", behave("crash")),
     ("propose", bonus(0.5, 0.9)),
 ]
 LONG = [
@@ -184,16 +183,15 @@ def driven_both_ways(tmp_path: Path, trials: int, scenario) -> tuple[list, list,
 
 
 def test_an_mcp_client_and_the_command_line_drive_a_study_to_the_same_journal(tmp_path):
-    journals, (by_shell, by_mcp), told = driven_both_ways(tmp_path, 2, SHORT)
-    assert journals[0] == journals[1]
-    kinds = [(t["status"], t["decision"], t["proposal"]["source"]) for t in journals[0][1:]]
-    assert kinds == [("ok", "keep", "outside"), ("crash", "discard", "outside")]
-    assert by_shell[2:] == by_mcp[2:]
+    journals, (by_shell, by_mcp), told = driven_both_ways(tmp_path, 1, SHORT)
+    assert journals[0] == journals[1] and by_shell[2:] == by_mcp[2:]
+    kinds = [(t["status"], t["decision"], t["proposal"]["source"]) for t in journals[0]]
+    assert kinds == [("ok", "keep", "baseline"), ("ok", "keep", "outside")]
     assert "hypothesis: Field required" in by_mcp[2]["error"]
     assert by_mcp[3]["decision"] == "keep" and by_mcp[3]["gain"] == pytest.approx(0.5)
-    assert "RuntimeError: shape" in by_mcp[4]["reason"] and by_mcp[4]["trials_left"] == 0
-    assert "study first has run its 2 trials" in by_mcp[5]["error"]
-    assert all(any("trial 2: seed_1" in line for line in lines) for lines in told)
+    assert by_mcp[3]["trials_left"] == 0
+    assert "study first has run its 1 trials" in by_mcp[4]["error"]
+    assert all(any("trial 1: seed_2" in line for line in lines) for lines in told)
 
 
 @pytest.mark.slow
@@ -303,6 +301,7 @@ def test_garbage_in_the_inbox_is_refused_and_the_study_goes_on(project):
 # ---- the same again, and nearly ----
 
 
+@pytest.mark.slow
 def test_stale_and_repeated_proposals(project):
     """Two change the same line: after the first was kept, the second has nothing to change. A
     repeat runs on other seeds."""
@@ -321,13 +320,12 @@ def test_stale_and_repeated_proposals(project):
         assert "is the incumbent" in ask(project, "propose", **bonus(0.5, 0.5, repeats=1))["error"]
         assert ask(project, "propose", **proposal(repeats=2))["trial"] == 3
         commented = bonus(0.5, "0.4  # less", title="a comment")
-        assert (
-            "same configuration and code as trial 2"
-            in ask(project, "propose", **commented)["error"]
-        )
+        said = ask(project, "propose", **commented)["error"]
+        assert "same configuration and code as trial 2" in said
+        assert ask(project, "propose", **bonus(0.5, 0.9))["trial"] == 4
 
-    assert with_agent(project, 3, agent, *SMALL) == 0
-    _, kept, loser, again = journal_of(project).trials
+    assert with_agent(project, 4, agent, *SMALL) == 0
+    _, kept, loser, again, _ = journal_of(project).trials
     assert kept.val_bpb == pytest.approx(1.701) and loser.digest == again.digest != kept.digest
     assert (loser.seeds, again.seeds) == ([1], [2])
     assert again.proposal.repeats == 2 and again.gain == pytest.approx(-0.1)
