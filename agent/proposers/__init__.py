@@ -26,3 +26,4 @@ class Context:
         [str], str | None
     ]  # path in the repository -> the incumbent's text, None: no file
     note: Callable[[str], None] = field(default=lambda text: None)  # one line for the person
+    researcher: Any = None  # agent.proposers.llm.Researcher, in a study that has one

@@ -3,15 +3,24 @@
 from agent.journal import Proposal
 from agent.proposers import Context, recipes, sampler
 
-PROPOSERS = {"sampler": sampler.propose, "recipes": recipes.propose}
+PROPOSERS = {
+    "sampler": sampler.propose,
+    "recipes": recipes.propose,
+    "llm": lambda context: context.researcher.propose(context),  # imported only where it is used
+}
+FALLBACK = ("sampler", "recipes")  # need nothing, so they go on where the model alone was asked
 
 
 def propose(context: Context) -> Proposal | None:
-    """From the source whose turn it is; from the next one when that has nothing left."""
+    """From the source whose turn it is; from the next one when that has nothing to propose."""
     turn = source_of(context.number, context.sources)
     others = [name for name, share in context.sources.items() if share and name != turn]
+    if context.researcher:
+        others += [name for name in FALLBACK if name not in (turn, *others)]
     for name in [turn, *others]:
         if proposal := PROPOSERS[name](context):
+            if context.researcher:
+                context.researcher.sign(context.number, proposal)
             return proposal
     return None
 

@@ -12,6 +12,7 @@ COMMANDS = {
         "agent.loop",
         "run a study: baseline, then trials; keep what is better (resumes by name)",
     ),
+    "tell": ("agent.notes", "leave a note for the model that proposes in a study"),
     "report": ("agent.report", "chart, table and summary of a study"),
     "pretrain": (
         "nightshift.pretrain",
