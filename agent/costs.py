@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from agent.journal import Usage
+from agent.journal import Trial, Usage
 from agent.settings import Caps, LlmSettings
 from agent.trial import Interrupted
 
@@ -78,6 +78,10 @@ class Ledger:
             file.write((json.dumps(line) + "\n").encode())
             file.flush()
             os.fsync(file.fileno())
+
+    @property
+    def last(self) -> int:
+        return len(self.calls) - 1
 
     def begin(self, trial: int, purpose: str, model: str, most: dict[str, Any]) -> int:
         """`most`: tokens and dollars that the call can cost; counted if it never ends."""
@@ -148,6 +152,12 @@ def total(usages: list[Usage]) -> Usage:
     sums = {name: sum(getattr(usage, name) for usage in usages) for name in names}
     sums["seconds"] = round(sums["seconds"], 3)
     return Usage(**sums, dollars=round(sum(dollars), 9) if dollars else None)
+
+
+def of_trials(trials: list[Trial]) -> Usage | None:
+    """Their sum; None where no model was asked."""
+    usages = [trial.proposal.usage for trial in trials if trial.proposal.usage]
+    return total(usages) if usages else None
 
 
 def in_words(usage: Usage) -> str:

@@ -25,6 +25,7 @@ from agent.provider import Caller, CallFailed
 from agent.quote import plain
 from agent.settings import LlmSettings, StudyError
 from agent.similar import Similar
+from agent.traces import CONVERSATIONS
 from agent.trial import Stop
 from agent.workspace import Refused
 
@@ -33,7 +34,6 @@ MAX_CALLS_AT_ONCE = 8  # tools asked for in one answer
 MAX_RESULT_CHARS = 30_000  # of one tool
 MAX_KEPT_CHARS = 30_000  # of one answer of the model, in what it is sent again
 MAX_EVENT_CHARS = 400
-CONVERSATIONS = "conversations"
 LESSONS_FILE = "lessons.jsonl"
 NO_PROPOSAL = "that was no proposal: only a call of the tool `propose` is read. Call it now."
 
@@ -82,7 +82,7 @@ class Researcher:
             left = self.settings.max_calls - call
             offered = schemas(look=left > self.settings.max_refusals + 1)
             answer = self.caller.ask(number, "proposal", messages, offered)
-            talk.add(shortened(answer))
+            talk.add(shortened(answer), self.ledger.last)
             proposal, reasons = self._hear(answer, talk)
             if proposal:
                 return proposal
@@ -148,7 +148,7 @@ class Researcher:
         messages = [SystemMessage(prompt.LESSONS), HumanMessage(asked)]
         talk = Talk(self.files.folder, number, messages)
         answer = self.caller.ask(number, "lessons", messages, [])
-        talk.add(shortened(answer))
+        talk.add(shortened(answer), self.ledger.last)
         return plain(_text(answer.content))[: prompt.MAX_LESSONS_CHARS]
 
 
@@ -162,9 +162,10 @@ class Talk:
         for message in messages:
             self._write(message)
 
-    def add(self, message: Any) -> None:
+    def add(self, message: Any, call: int | None = None) -> None:
+        """`call`: of the ledger, whose answer this is."""
         self.messages.append(message)
-        self._write(message)
+        self._write(message, call)
 
     def reply(self, call: dict[str, Any], result: dict[str, Any]) -> None:
         """The result of a tool, as JSON."""
@@ -173,10 +174,12 @@ class Talk:
         text = json.dumps(result, ensure_ascii=False, allow_nan=False)[:MAX_RESULT_CHARS]
         self.add(ToolMessage(text, tool_call_id=call["id"], name=call["name"]))
 
-    def _write(self, message: Any) -> None:
+    def _write(self, message: Any, call: int | None = None) -> None:
         line = {"time": round(time.time(), 3), "role": message.type, "text": _text(message.content)}
         if calls := getattr(message, "tool_calls", None):
             line["calls"] = [{"name": call["name"], "arguments": call["args"]} for call in calls]
+        if call is not None:
+            line["call"] = call
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
