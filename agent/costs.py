@@ -35,7 +35,9 @@ class Prices:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
         provider = str(settings.model).split(":")[0]
         found = table.get(settings.model) if settings.base_url is None else None
-        found = settings.price or found or table.get(f"{provider}:*")
+        found = (
+            settings.price.model_dump() if settings.price else found or table.get(f"{provider}:*")
+        )
         self.known = found is not None
         self.values = found or {}
 

@@ -184,7 +184,8 @@ def failure_of(error: BaseException) -> CallFailed:
     response = getattr(error, "response", None)
     status = getattr(error, "status_code", None) or getattr(response, "status_code", None)
     names = " ".join(kind.__name__ for kind in type(error).__mro__)
-    if status == 402 or any(words in said.lower() for words in NO_CREDIT):
+    code = str(getattr(error, "code", ""))
+    if status == 402 or any(words in f"{code} {said}".lower() for words in NO_CREDIT):
         return CallFailed("out of credit", said, retry=False)
     if status == 429:
         return CallFailed("rate limited", said, retry=True, wait_s=retry_after_s(response))
