@@ -23,6 +23,7 @@ from agent.settings import LlmSettings, StudyError
 from agent.trial import Stop
 
 EXTRAS = {"openai": "llm", "anthropic": "anthropic", "ollama": "ollama"}  # of pyproject.toml
+KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 FIRST_WAIT_S = 1.0  # doubled with each retry
 MAX_MESSAGE_CHARS = 300
 POLL_S = 0.05
@@ -53,7 +54,9 @@ def open_model(settings: LlmSettings) -> Any:
         "max_tokens": settings.max_output_tokens,
     }
     given |= {"base_url": settings.base_url, "temperature": settings.temperature}
-    if provider == "openai" and settings.base_url and "OPENAI_API_KEY" not in os.environ:
+    if (key := KEYS.get(provider)) and not os.environ.get(key):
+        if not settings.base_url:
+            raise StudyError(f"study.llm.model ({settings.model}): set {key} to your key")
         given["api_key"] = "none"  # a server of one's own asks for none
     if provider == "ollama":
         given["num_predict"] = given.pop("max_tokens")
@@ -68,12 +71,9 @@ def open_model(settings: LlmSettings) -> Any:
             f"study.llm.model ({settings.model}): the package for {provider} is not installed. "
             f"Run: {how}"
         ) from None
-    except Exception as error:  # each provider has its own for a missing key
+    except Exception as error:  # each provider has its own for what it cannot start with
         said = " ".join(str(error).split())[:MAX_MESSAGE_CHARS]
-        raise StudyError(
-            f"study.llm.model ({settings.model}): {said} A key goes into the environment, e.g. "
-            f"{provider.upper()}_API_KEY"
-        ) from None
+        raise StudyError(f"study.llm.model ({settings.model}): {said}") from None
 
 
 class Caller:

@@ -233,11 +233,12 @@ def test_ctrl_c_during_a_call_works_at_once(files):
     [
         ("anthropic:m", "pip install -e '.[anthropic]'"),
         ("ollama:m", "pip install -e '.[ollama]'"),
-        ("openai:m", "OPENAI_API_KEY"),
+        ("openai:m", "set OPENAI_API_KEY"),
         ("nobody:m", "Unable to infer model provider"),
     ],
 )
 def test_a_missing_package_or_key_is_one_line(files, monkeypatch, model, said):
+    monkeypatch.setenv("ANTHROPIC_API_KEY", "x")
     for package in ("langchain_anthropic", "langchain_ollama"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(StudyError) as error:
@@ -249,6 +250,47 @@ def test_without_langchain_it_is_one_line(files, monkeypatch):
     monkeypatch.setitem(sys.modules, "langchain.chat_models", None)
     with pytest.raises(StudyError, match=r"pip install -e '.\[llm\]'"):
         Researcher(llm(), files, Stop())
+
+
+CHANGE = {
+    "title": "t",
+    "hypothesis": "h",
+    "expected_effect": "e",
+    "overrides": {"optim.beta1": 0.6},
+}
+
+
+def anthropic_says(name: str, given: dict) -> Reply:
+    part = {"type": "tool_use", "id": name, "name": name, "input": given}
+    usage = {"input_tokens": 60, "output_tokens": 20, "cache_read_input_tokens": 40}
+    body = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [part]}
+    return Reply(body=json.dumps(body | {"stop_reason": "tool_use", "usage": usage}))
+
+
+def ollama_says(name: str, given: dict) -> Reply:
+    message = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": name}}]}
+    message["tool_calls"][0]["function"]["arguments"] = given
+    counts = {"done": True, "prompt_eval_count": 100, "eval_count": 20}
+    return Reply(body=json.dumps({"model": "m", "message": message} | counts))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model, package, says",
+    [
+        ("anthropic:m", "langchain_anthropic", anthropic_says),
+        ("ollama:m", "langchain_ollama", ollama_says),
+    ],
+)
+def test_other_providers_clients_answer_count_and_fail_alike(files, model, package, says):
+    pytest.importorskip(package)
+    with ScriptedServer([fail(500), says("noise", {}), says("propose", CHANGE)]) as server:
+        settings = llm(model=model, base_url=server.url.removesuffix("/v1"))
+        proposal = ask(files, Researcher(settings, files, Stop()))
+    assert proposal.source == "llm" and proposal.overrides == {"optim.beta1": 0.6}
+    usage = proposal.usage
+    assert (usage.input_tokens, usage.output_tokens, usage.failed) == (200, 40, 1)
+    assert "provider down" in proposal.events[0]
 
 
 # ---- costs ----

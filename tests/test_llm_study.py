@@ -95,7 +95,9 @@ def test_thirty_trials_with_every_trouble_finish_and_the_bill_is_right(clone):  
             "study.sources={llm: 1, sampler: 0, recipes: 0}", "study.llm.model=openai:scripted",
             f"study.llm.base_url={server.url}", "study.llm.timeout_s=8", "study.llm.max_retries=2",
             "study.llm.lessons_every=10", "study.llm.price={input: 1.0, output: 4.0}",
-            "study.max_seeds=3", *SMALL,
+            "study.baseline_seeds=[1,2]", "study.max_seeds=2", "study.preflight_steps=1", *SMALL,
+            "budget.amount=3", "model.depth=2", "evaluate.max_bytes=5000", "train.batch_tokens=512",
+            "train.micro_batch_size=2",
         )  # fmt: skip
     folder = clone / "outputs/studies/llm"
     journal = Journal(folder / "journal.jsonl")
