@@ -19,6 +19,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from agent import outside, workspace
+from agent.costs import Paused
 from agent.journal import Proposal, Trial, proposal_from_json
 from agent.novelty import State, changed_values, editable_values, near_trial
 from agent.proposers import Context, mixed
@@ -36,6 +37,7 @@ BASELINE = Proposal(
     source="baseline",
 )
 EXIT_INTERRUPTED = 130
+EXIT_PAUSED = 3
 
 
 USAGE = """usage: nightshift study [key=value ...]
@@ -49,7 +51,8 @@ Its own keys, with their defaults (conf/study.yaml):"""
 
 
 def main(argv: list[str] | None = None, repo: Path = ROOT) -> int:
-    """Exit status: 0 done, 1 the baseline failed, 2 it cannot start, 130 interrupted."""
+    """Exit status: 0 done, 1 the baseline failed, 2 it cannot start, 3 paused by a cap,
+    130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(f"{USAGE}\n\n{(repo / 'conf/study.yaml').read_text(encoding='utf-8')}")
@@ -61,6 +64,9 @@ def main(argv: list[str] | None = None, repo: Path = ROOT) -> int:
         with stop_on_signals() as stop, open_study(repo, plan, stop) as study:
             run_study(study)
         return 0
+    except Paused as reason:
+        print(f"{reason}: {shlex.join(['nightshift', 'study', *argv])}", file=sys.stderr)
+        return EXIT_PAUSED
     except Interrupted:
         print(f"stopped. To go on: {shlex.join(['nightshift', 'study', *argv])}", flush=True)
         return EXIT_INTERRUPTED
@@ -138,6 +144,7 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
         read=read,
         note=study.note,
         outside=lambda patient: outside.take(study, number, patient),
+        researcher=study.researcher,
     )
     proposal = mixed.propose(context)
     if proposal is not None:

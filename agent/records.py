@@ -83,8 +83,15 @@ def row(trial: Trial) -> dict[str, Any]:
         "decision": trial.decision,
         "val_bpb": trial.val_bpb,
         "gain": trial.gain,
-        "reason": plain(trial.reason)[:200],
+        "reason": reason_of(trial, 200),
     }
+
+
+def reason_of(trial: Trial, max_chars: int) -> str:
+    """Why it was decided so; of a failure that is the run's own word, so it is quoted."""
+    if trial.status == "ok":
+        return plain(trial.reason)[:max_chars]
+    return as_data(trial.reason, max_chars)
 
 
 class OpenTrial(Arguments):
@@ -98,7 +105,7 @@ def open_trial(study: StudyFiles, args: OpenTrial) -> dict[str, Any]:
     answer = row(trial) | {
         "hypothesis": plain(proposal.hypothesis),
         "expected_effect": plain(proposal.expected_effect),
-        "reason": as_data(trial.reason, MAX_MESSAGE_CHARS),
+        "reason": reason_of(trial, MAX_MESSAGE_CHARS),
         "parent": trial.parent,
         "repairs": proposal.repairs,
         "overrides": proposal.overrides,
@@ -148,7 +155,8 @@ def failure_of(study: StudyFiles, trial: Trial) -> dict[str, Any]:
     log = next((p / LOG_FILE for p in places if (p / LOG_FILE).is_file()), None)
     failure = {"message": as_data(trial.reason, MAX_MESSAGE_CHARS)}
     if log:
-        failure["log"] = as_data(_text(log)[-MAX_LOG_CHARS:], MAX_LOG_CHARS)
+        text = _text(log).replace(f"{study.repo}/", "")  # where the person works is no business of
+        failure["log"] = as_data(text[-MAX_LOG_CHARS:], MAX_LOG_CHARS)  # a provider
     return failure
 
 

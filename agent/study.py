@@ -16,6 +16,7 @@ import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from agent import workspace
 from agent.decide import measure_noise, repeated
@@ -47,6 +48,7 @@ class Study:
     stop: Stop
     view: View
     mirror: Mirror
+    researcher: Any = None  # agent.proposers.llm.Researcher, if a language model proposes
     told: set[str] = field(default_factory=set)
     given_up: bool = False  # the last wait for a proposal from outside was in vain (outside.py)
 
@@ -153,6 +155,7 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
         sandbox = examine_sandbox(plan)
         journal = read_journal(folder)
         settings = recall(repo, folder, plan, journal)
+        researcher = open_researcher(repo, folder, plan, journal, stop)
         workspace.remove_worktrees_under(repo, folder)
         workspace.remove_stale_locks(repo, name)
         starter = Starter(folder, plan.study.warm)  # its imports go on while MLflow is opened
@@ -182,7 +185,10 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
                 stop=stop,
                 view=view,
                 mirror=mirror,
+                researcher=researcher,
             )
+            if researcher:
+                researcher.caller.show = view.show
             yield study
             status = "FINISHED"
         except Interrupted:
@@ -193,6 +199,16 @@ def open_study(repo: Path, plan: Plan, stop: Stop):
             kill_marked(folder)
             if study:
                 close_study(study, status)
+
+
+def open_researcher(repo: Path, folder: Path, plan: Plan, journal: Journal, stop: Stop) -> Any:
+    """The model that proposes, or None. Imported only here: without it LangChain is not needed."""
+    if not plan.study.sources.get("llm"):
+        return None
+    from agent.answer import StudyFiles
+    from agent.proposers.llm import Researcher
+
+    return Researcher(plan.study.llm, StudyFiles(repo, folder, journal), stop)
 
 
 def close_study(study: Study, status: str) -> None:

@@ -27,6 +27,7 @@ class Context:
         [str], str | None
     ]  # path in the repository -> the incumbent's text, None: no file
     note: Callable[[str], None] = field(default=lambda text: None)  # one line for the person
+    researcher: Any = None  # agent.proposers.llm.Researcher, in a study that has one
     # (patient) -> the next proposal of the inbox; not patient: None after study.outside_wait_s
     outside: Callable[[bool], Proposal | None] = field(default=lambda patient: None)
 

@@ -24,8 +24,10 @@ PROPOSERS = {
     "recipes": recipes.propose,
     "combine": combine.propose,
     "simplify": simplify.propose,
+    "llm": lambda context: context.researcher.propose(context),  # imported only where it is used
     "outside": lambda context: context.outside(False),
 }
+FALLBACK = ("sampler", "recipes")  # need nothing, so they go on where the model alone was asked
 FLOOR = 0.25  # of its share, that a source keeps
 FADE = 0.98  # weight of a trial against the next: half after 34
 PRIOR_EARNED, PRIOR_SPENT = 1.0, 4.0  # of a source of mean share, in mean keeps and mean trials
@@ -34,12 +36,16 @@ LEAST_COST = 0.25  # of the mean trial: a trial that fails at once still takes a
 
 def propose(context: Context) -> Proposal | None:
     """From the source whose turn it is; from the next one when that has nothing."""
-    for name in ranking(context.journal.trials, context.sources, context.seed, context.number):
-        if proposal := PROPOSERS[name](context):
-            return proposal
-    if context.sources.get("outside"):
-        return context.outside(True)  # for as long as it takes: nobody else has anything
-    return None
+    names = ranking(context.journal.trials, context.sources, context.seed, context.number)
+    if context.researcher:
+        names += [name for name in FALLBACK if name not in names]
+    found = (PROPOSERS[name](context) for name in names)
+    proposal = next(filter(None, found), None)
+    if proposal is None and context.sources.get("outside"):
+        proposal = context.outside(True)  # for as long as it takes: nobody else has anything
+    if proposal and context.researcher:
+        context.researcher.sign(context.number, proposal)
+    return proposal
 
 
 def ranking(
@@ -89,8 +95,9 @@ def gain_of(trial: Trial) -> float:
 
 
 def cost_s(trial: Trial) -> float:
-    """Seconds of its runs, the parent's included."""
-    return sum(run.wall_s or 0.0 for run in trial.runs + trial.parent_runs)
+    """Seconds of its runs, the parent's included, and of the language model that proposed it."""
+    asked = trial.proposal.usage.seconds if trial.proposal.usage else 0.0
+    return asked + sum(run.wall_s or 0.0 for run in trial.runs + trial.parent_runs)
 
 
 def _mean(numbers: list[float]) -> float:

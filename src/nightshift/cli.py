@@ -17,6 +17,7 @@ COMMANDS = {
         "an outside agent's tools on a study, JSON in and out: propose, status",
     ),
     "mcp": ("agent.mcp_server", "the same tools as an MCP server on stdin and stdout"),
+    "tell": ("agent.notes", "leave a note for the model that proposes in a study"),
     "report": ("agent.report", "chart, table and summary of a study"),
     "pretrain": (
         "nightshift.pretrain",
