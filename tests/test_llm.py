@@ -449,7 +449,7 @@ def test_the_digest_of_a_thousand_trials_is_about_that_of_fifty(files):
 
 def arguments(server: ScriptedServer, *more: str) -> list[str]:
     return [
-        "study.sources={llm: 1, sampler: 0, recipes: 0}",
+        "study.sources={llm: 1, sampler: 0, recipes: 0, combine: 0, simplify: 0}",
         "study.llm.model=openai:m",
         f"study.llm.base_url={server.url}",
         *more,

@@ -92,7 +92,8 @@ def test_thirty_trials_with_every_trouble_finish_and_the_bill_is_right(clone):  
     with ScriptedServer([Script()]) as server:
         said = run(
             clone, "nightshift.cli", "study", "study.name=llm", "study.trials=30",
-            "study.sources={llm: 1, sampler: 0, recipes: 0}", "study.llm.model=openai:scripted",
+            "study.sources={llm: 1, sampler: 0, recipes: 0, combine: 0, simplify: 0}",
+            "study.llm.model=openai:scripted",
             f"study.llm.base_url={server.url}", "study.llm.timeout_s=8", "study.llm.max_retries=2",
             "study.llm.lessons_every=10", "study.llm.price={input: 1.0, output: 4.0}",
             "study.baseline_seeds=[1,2]", "study.max_seeds=2", "study.preflight_steps=1", *SMALL,

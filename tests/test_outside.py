@@ -166,7 +166,9 @@ def without_times(trial: Trial) -> dict:
     return plain(asdict(trial))
 
 
-TIMES = ("id", "commit", "started_at", "wall_s")
+TIMES = (
+    "id", "commit", "started_at", "wall_s", "train_s", "tokens_per_s", "peak_memory_gb", "mfu", "work",
+)  # fmt: skip
 
 
 def driven_both_ways(tmp_path: Path, trials: int, scenario) -> tuple[list, list, list]:
