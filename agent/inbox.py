@@ -63,6 +63,8 @@ class Inbox:
     def read(self, name: str) -> Any:
         """The values as submitted. Anyone can write here: ValueError for what is not JSON."""
         path = self.folder / f"{name}.json"
+        if not path.is_file():
+            raise ValueError(f"{path.name} is not a file")
         if path.stat().st_size > MAX_BYTES:
             raise ValueError(f"{path.name} has more than {MAX_BYTES} bytes")
         try:
@@ -75,7 +77,12 @@ class Inbox:
 
     def refusal(self, name: str) -> str | None:
         path = self._refusal(name)
-        return json.loads(path.read_text(encoding="utf-8"))["reason"] if path.exists() else None
+        if not path.exists():
+            return None
+        try:
+            return str(json.loads(path.read_text(encoding="utf-8"))["reason"])
+        except (ValueError, TypeError, LookupError, OSError, RecursionError):
+            return f"{path.name} cannot be read"
 
     def running(self, journal: Journal) -> str | None:
         """The id of the proposal that the next trial was given; None if that is another's."""

@@ -12,6 +12,7 @@ from typing import Any
 from agent.costs import in_words, of_trials
 from agent.decide import measure_noise, spent
 from agent.journal import Journal, Trial
+from agent.proposers import mixed
 from agent.tracking import Mirror, number, read_identity, read_settings
 from nightshift.fixed.config import ROOT, ConfigError, Tracking, nearest
 from nightshift.fixed.tracking import load_tracking, open_store
@@ -321,6 +322,8 @@ def summary(journal: Journal, settings: dict[str, Any], name: str) -> str:
         parts += ["## What failed, and why", "\n".join(_failure(trial) for trial in failed)]
     if usage := of_trials(journal.trials):
         parts += ["## The language model", f"{in_words(usage)}.", _events(journal.trials)]
+    if len({t.proposal.source for t in journal.trials[1:]}) > 1:
+        parts += ["## Sources", _sources(journal.trials[1:])]
     parts += ["## Reproduce", _reproduce(settings, name, kept)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -385,6 +388,17 @@ def _table(trials: list[Trial], columns: tuple[str, ...]) -> str:
             "reason": trial.reason,
         }
         lines.append("| " + " | ".join(_markdown(cells[name]) for name in columns) + " |")
+    return "\n".join(lines)
+
+
+def _sources(trials: list[Trial]) -> str:
+    """What each source brought, and what its trials took (mixed.py shares turns out by that)."""
+    lines = ["| source | trials | kept | estimated gain | run_s |", "|---|---|---|---|---|"]
+    for source in sorted({t.proposal.source for t in trials}):
+        mine = [t for t in trials if t.proposal.source == source]
+        kept = sum(t.decision == "keep" for t in mine)
+        gain, cost = sum(map(mixed.gain_of, mine)), sum(map(mixed.cost_s, mine))
+        lines.append(f"| {source} | {len(mine)} | {kept} | {gain:+.4f} | {cost:.0f} |")
     return "\n".join(lines)
 
 

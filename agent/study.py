@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -282,6 +283,17 @@ def begin(repo: Path, folder: Path, plan: Plan, base: str) -> dict:
     return settings
 
 
+def _locked(file) -> bool:
+    """Tried for a moment: who asks whether the study runs (outside.py) holds the lock so long."""
+    for _ in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+    return False
+
+
 @contextmanager
 def lock(folder: Path, name: str):
     """One process a study. The file goes when the study ends; after a kill it means nothing."""
@@ -289,13 +301,11 @@ def lock(folder: Path, name: str):
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(file):
             raise StudyError(
                 f"study.name ({name}): another process runs this study. Wait for it, or choose "
                 "another study.name"
-            ) from None
+            )
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             break  # else its owner removed the file between our open and our lock
     try:

@@ -94,6 +94,15 @@ def test_invalid_trials_are_not_free():
     assert earned == 0.0 and 0 < spent < account(journal)["good"][1]
 
 
+def test_the_report_says_what_each_source_brought():
+    from agent.report import _sources
+
+    rows = _sources(
+        [a_trial(1, "good", 0.004), a_trial(2, "good", -1.0), a_trial(3, "fair", 0.002)]
+    )
+    assert "| good | 2 | 1 | +0.0040 | 120 |" in rows and "| fair | 1 | 1 | +0.0020 | 60 |" in rows
+
+
 def test_the_same_journal_and_seed_give_the_same_turn():
     journal = simulate(dict.fromkeys(EVEN, 0.1), 40, seed=1)
     orders = [ranking(journal, EVEN, 5, 41) for _ in range(3)]

@@ -167,7 +167,8 @@ def without_times(trial: Trial) -> dict:
 
 
 TIMES = (
-    "id", "commit", "started_at", "wall_s", "train_s", "tokens_per_s", "peak_memory_gb", "mfu", "work",
+    "id", "commit", "started_at", "wall_s", "train_s", "tokens_per_s", "peak_memory_gb", "mfu",
+    "work",
 )  # fmt: skip
 
 
