@@ -71,9 +71,12 @@ def _wrong_repeat(trials: Sequence[Trial], number: int, state: State) -> str | N
 
 
 def result_of(trial: Trial) -> str:
-    """`keep, gain +0.0123` or `discard, crash`."""
-    gain = "no result" if trial.gain is None else f"gain {trial.gain:+.4f}"
-    return f"{trial.decision}, {gain if trial.status == 'ok' else trial.status}"
+    """`keep, gain +0.0123`, `discard, crash`; of the baseline its val_bpb."""
+    if trial.status != "ok":
+        return f"{trial.decision}, {trial.status}"
+    if trial.gain is None:
+        return f"val_bpb {trial.val_bpb}"
+    return f"{trial.decision}, gain {trial.gain:+.4f}"
 
 
 def near_trial(

@@ -8,6 +8,7 @@ Standard output is one JSON object and nothing else; what happens meanwhile is o
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ def main(argv: list[str], repo: Path = ROOT) -> int:
         print(usage())
         return 0
     answer = ask(argv, repo)
-    print(json.dumps(answer, ensure_ascii=False, allow_nan=False), flush=True)
+    try:
+        print(json.dumps(answer, ensure_ascii=False, allow_nan=False), flush=True)
+    except BrokenPipeError:  # `| head`: what was asked for is done all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 2 if "error" in answer else 0
 
 
