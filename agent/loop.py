@@ -130,6 +130,9 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
     if path.exists():
         return proposal_from_json(json.loads(path.read_text(encoding="utf-8")))
 
+    if study.researcher:
+        study.view.begin(number, "asking the model")
+
     def read(name: str) -> str | None:
         return (tree / name).read_text(encoding="utf-8") if (tree / name).is_file() else None
 

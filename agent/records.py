@@ -182,7 +182,7 @@ def samples_of(path: Path) -> list[str]:
         texts = [
             f"{sample['prompt']} -> {sample['completion']}" for sample in samples[:MAX_SAMPLES]
         ]
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return []
     return [as_data(text, MAX_SAMPLE_CHARS) for text in texts]
 

@@ -187,3 +187,5 @@ def call(study: StudyFiles, name: str, arguments: Any) -> dict[str, Any]:
         return {"error": mistakes(error)}
     except (Refused, StudyError) as error:
         return {"error": str(error)}
+    except (ValueError, OSError, RecursionError) as error:  # a file of a run that is no such file
+        return {"error": f"{name} cannot read it: {type(error).__name__}"}

@@ -436,8 +436,8 @@ def _editable_path(tree: Path, name: str, which: str) -> Path:
 
 def _must_parse(tree: Path, path: str) -> None:
     try:
-        ast.parse((tree / path).read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError) as error:
+        ast.dump(ast.parse((tree / path).read_text(encoding="utf-8")))  # as state_digest will
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None)
         raise Refused(
             f"{path} is not Python after the edits: {getattr(error, 'msg', error)}, line {line}. "

@@ -1,7 +1,8 @@
 """Where proposals come from. A proposer is a function `propose(context) -> Proposal | None`.
 
 None means that it has nothing to propose for this trial. A proposer is deterministic: the same
-context gives the same proposal, so that a study can be told again from its seed and journal.
+context gives the same proposal, so that a study can be told again from its seed and journal. The
+language model (llm.py) is not; what it said is in the study's conversations/.
 """
 
 from collections.abc import Callable

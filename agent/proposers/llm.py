@@ -56,7 +56,7 @@ class Researcher:
             return self._converse(number, lessons)
         except CallFailed as failed:
             self._give_up(number, str(failed))
-            context.note(f"the model gave no proposal ({failed.kind}); another source goes on")
+            context.note(f"the model gave no proposal ({failed}); another source goes on")
             return None
 
     def sign(self, number: int, proposal: Proposal) -> None:
@@ -172,7 +172,7 @@ class Talk:
         from langchain_core.messages import ToolMessage
 
         text = json.dumps(result, ensure_ascii=False, allow_nan=False)[:MAX_RESULT_CHARS]
-        self.add(ToolMessage(text, tool_call_id=call["id"], name=call["name"]))
+        self.add(ToolMessage(text, tool_call_id=call["id"] or "", name=call["name"]))
 
     def _write(self, message: Any, call: int | None = None) -> None:
         line = {"time": round(time.time(), 3), "role": message.type, "text": _text(message.content)}
@@ -203,19 +203,31 @@ def schemas(look: bool) -> list[dict[str, Any]]:
 
 
 def shortened(answer: Any) -> Any:
-    """The answer as it is sent again and written down: what is far too long is cut."""
-    text = _text(answer.content)
+    """The answer as it is sent again and written down: valid calls, and nothing far too long.
+
+    Servers refuse broken arguments or an empty message in what was said before.
+    """
+    text, calls, broken = _text(answer.content), answer.tool_calls, answer.invalid_tool_calls
     if len(text) > MAX_KEPT_CHARS:
         answer = answer.model_copy(update={"content": text[:MAX_KEPT_CHARS] + " [cut]"})
-    calls, broken = answer.tool_calls, answer.invalid_tool_calls
-    if len(json.dumps([calls, broken], default=str)) > MAX_KEPT_CHARS:
-        # Other kinds of content and the provider's raw copy repeat the calls.
+    if not (text or calls or broken):
+        return answer.model_copy(update={"content": "(no answer)"})
+    if len(json.dumps(calls)) > MAX_KEPT_CHARS:
         calls = [call | {"args": {"cut": "too long"}} for call in calls]
-        broken = [call | {"args": '{"cut": "too long"}'} for call in broken]
-        update = {"content": text[:MAX_KEPT_CHARS], "tool_calls": calls}
-        update |= {"invalid_tool_calls": broken, "additional_kwargs": {}}
-        answer = answer.model_copy(update=update)
-    return answer
+    elif not broken:
+        return answer
+    calls = calls + [
+        {
+            "name": call["name"] or "",
+            "args": {"cut": "no JSON"},
+            "id": call["id"],
+            "type": "tool_call",
+        }
+        for call in broken
+    ]
+    # Other kinds of content, and the provider's raw copy, repeat the calls.
+    update = {"content": text[:MAX_KEPT_CHARS], "tool_calls": calls, "invalid_tool_calls": []}
+    return answer.model_copy(update=update | {"additional_kwargs": {}})
 
 
 def _text(content: Any) -> str:
