@@ -119,11 +119,11 @@ class Trial:
 
 
 class Journal:
-    """Trials in order; trial n is line n."""
+    """Trials in order; trial n is line n. `repair=False` leaves the file as it is."""
 
-    def __init__(self, path: Path, read_only: bool = False):
-        """`read_only`: for a process that does not run the study, which may be writing now."""
-        self.path, self.read_only = path, read_only
+    def __init__(self, path: Path, repair: bool = True):
+        self.path = path
+        self.repair = repair
         self.trials: list[Trial] = []
         self.size = 0  # bytes that were read
         if path.exists():
@@ -131,11 +131,9 @@ class Journal:
 
     def _read(self) -> None:
         data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
         self.size = len(data)
-        if (
-            len(whole) < len(data) and not self.read_only
-        ):  # a kill in mid-append: that trial never existed
+        whole = data[: data.rfind(b"\n") + 1]
+        if len(whole) < len(data) and self.repair:  # a kill in mid-append: that trial never existed
             with open(self.path, "r+b") as file:
                 file.truncate(len(whole))
         for number, line in enumerate(whole.decode("utf-8").splitlines()):

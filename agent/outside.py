@@ -92,7 +92,7 @@ def open_files(repo: Path, name: str) -> StudyFiles:
             f"nightshift study study.name={name} sources=outside"
         )
     folder = studies / name
-    return StudyFiles(repo, folder, Journal(folder / "journal.jsonl", read_only=True))
+    return StudyFiles(repo, folder, Journal(folder / "journal.jsonl", repair=False))
 
 
 def is_running(folder: Path) -> bool:
@@ -235,7 +235,7 @@ def again(study: StudyFiles) -> StudyFiles:
     size = path.stat().st_size if path.exists() else 0
     if size == study.journal.size:
         return study
-    return study._replace(journal=Journal(path, read_only=True))
+    return study._replace(journal=Journal(path, repair=False))
 
 
 def outcome_of(study: StudyFiles, name: str) -> dict[str, Any]:
