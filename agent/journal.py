@@ -22,14 +22,37 @@ class Edit:
 
 
 @dataclass(kw_only=True)
+class Usage:
+    """What a language model cost for one trial, by the provider's own count (agent/costs.py)."""
+
+    calls: int = 0  # requests sent, failed ones too
+    failed: int = 0  # of these
+    lost: int = 0  # cut off by a kill: what they cost is not known
+    input_tokens: int = 0
+    output_tokens: int = 0
+    dollars: float | None = None  # null: the model has no known price
+    seconds: float = 0.0
+
+
+@dataclass(kw_only=True)
 class Proposal:
     """What to try and why: Hydra values, code edits, or both."""
 
     title: str
     hypothesis: str  # one sentence
-    source: str  # baseline | sampler | recipes | ...
+    source: str  # baseline | sampler | recipes | llm | ...
     overrides: dict[str, Any] = field(default_factory=dict)  # {"optim.matrix_lr": 0.03}
     edits: list[Edit] = field(default_factory=list)
+    expected_effect: str = ""
+    repairs: int | None = None  # a failed trial whose idea this one tries again
+    near: list[int] = field(default_factory=list)  # earlier trials that are much like this one
+    differs: str = ""  # from these: what does
+    repeats: int | None = None  # a trial that it computes again on purpose, on other seeds
+    id: str | None = None  # of one that came through the inbox (inbox.py)
+    model: str | None = None  # the language model that was asked for this trial, answer or not
+    notes: list[int] = field(default_factory=list)  # of notes.jsonl, that it was shown
+    events: list[str] = field(default_factory=list)  # refusals, failed calls, why another source
+    usage: Usage | None = None
 
     @property
     def kind(self) -> str:
@@ -98,6 +121,8 @@ class Trial(Scored):
     commit: str | None = None  # the code and config that ran
     digest: str | None = None  # of resolved config and editable code
     data_digest: str | None = None
+    changed: dict[str, Any] | None = None  # editable values that are not the baseline's
+    shape: str | None = None  # of the code, names and comments left out (novelty.py)
     lines_added: int = 0
     lines_removed: int = 0
     started_at: str = ""  # UTC, ISO 8601
@@ -115,11 +140,13 @@ class Journal:
         self.path = path
         self.repair = repair
         self.trials: list[Trial] = []
+        self.size = 0  # bytes that were read
         if path.exists():
             self._read()
 
     def _read(self) -> None:
         data = self.path.read_bytes()
+        self.size = len(data)
         whole = data[: data.rfind(b"\n") + 1]
         if len(whole) < len(data) and self.repair:  # a kill in mid-append: that trial never existed
             with open(self.path, "r+b") as file:
@@ -169,7 +196,8 @@ class Journal:
 
 
 def proposal_from_json(values: dict[str, Any]) -> Proposal:
-    return Proposal(**{**values, "edits": [Edit(**e) for e in values["edits"]]})
+    usage = Usage(**values["usage"]) if values.get("usage") else None
+    return Proposal(**{**values, "edits": [Edit(**e) for e in values["edits"]], "usage": usage})
 
 
 def trial_from_json(values: dict[str, Any]) -> Trial:

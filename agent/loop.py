@@ -12,17 +12,18 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from agent import workspace
+from agent import outside, workspace
 from agent.after import read_plan_with_origin
 from agent.base import ensure_base, for_runs
+from agent.costs import Paused
 from agent.journal import Proposal, Trial, proposal_from_json
+from agent.novelty import State, changed_values, editable_values, near_trial
 from agent.proposers import Context, mixed
 from agent.seeds import on_this_machine, run_seeds
 from agent.settings import StudyError
@@ -37,7 +38,7 @@ from agent.study import (
 )
 from agent.trial import Bench, Interrupted
 from agent.warm import StartError
-from nightshift.fixed.config import ROOT, ConfigError
+from nightshift.fixed.config import ROOT, Config, ConfigError
 from nightshift.fixed.result import write_json
 
 BASELINE = Proposal(
@@ -46,6 +47,7 @@ BASELINE = Proposal(
     source="baseline",
 )
 EXIT_INTERRUPTED = 130
+EXIT_PAUSED = 3
 
 
 USAGE = """usage: nightshift study [key=value ...]
@@ -59,7 +61,8 @@ Its own keys, with their defaults (conf/study.yaml):"""
 
 
 def main(argv: list[str] | None = None, repo: Path = ROOT) -> int:
-    """Exit status: 0 done, 1 the baseline failed, 2 it cannot start, 130 interrupted."""
+    """Exit status: 0 done, 1 the baseline failed, 2 it cannot start, 3 paused by a cap,
+    130 interrupted."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(f"{USAGE}\n\n{(repo / 'conf/study.yaml').read_text(encoding='utf-8')}")
@@ -71,6 +74,9 @@ def main(argv: list[str] | None = None, repo: Path = ROOT) -> int:
         with stop_on_signals() as stop, open_study(repo, plan, stop) as study:
             run_study(study)
         return 0
+    except Paused as reason:
+        print(f"{reason}: {shlex.join(['nightshift', 'study', *argv])}", file=sys.stderr)
+        return EXIT_PAUSED
     except Interrupted:
         print(f"stopped. To go on: {shlex.join(['nightshift', 'study', *argv])}", flush=True)
         return EXIT_INTERRUPTED
@@ -98,12 +104,13 @@ def run_study(study: Study) -> None:
 
 def run_trial(study: Study, number: int, parent: Trial | None) -> Trial | None:
     """Propose, apply, run and judge; None when there is no proposal. Changes no branch."""
-    folder, started = study.folder / f"trials/{number:03d}", time.monotonic()
+    folder = study.folder / f"trials/{number:03d}"
     commit = parent.commit if parent else study.settings["first_commit"]
     with workspace.worktree(study.repo, folder / "worktree", commit) as tree:
         proposal = next_proposal(study, number, folder, tree) if parent else BASELINE
         if proposal is None:
             return None
+        started = time.monotonic()  # waiting for a proposal is no cost of the trial
         study.view.begin(number, proposal.title)
         trial = Trial(
             number=number,
@@ -134,6 +141,9 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
     if path.exists():
         return proposal_from_json(json.loads(path.read_text(encoding="utf-8")))
 
+    if study.researcher:
+        study.view.begin(number, "asking the model")
+
     def read(name: str) -> str | None:
         return (tree / name).read_text(encoding="utf-8") if (tree / name).is_file() else None
 
@@ -149,6 +159,8 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
         target=study.plan.study.judged_by,
         note=study.note,
         memory=study.memory,
+        outside=lambda patient: outside.take(study, number, patient),
+        researcher=study.researcher,
     )
     proposal = mixed.propose(context)
     if proposal is not None:
@@ -161,29 +173,31 @@ def apply(study: Study, trial: Trial, tree: Path, folder: Path, commit: str):
     if trial.parent is None:
         config, trial.commit = workspace.resolve(tree), commit
         trial.digest = workspace.state_digest(tree, config)
+        trial.shape = workspace.shape_at(tree, study.plan.study.judged_by)
     else:
         title = f"trial {trial.number:03d}: {trial.proposal.title}"
         applied = workspace.apply(tree, trial.proposal, title, study.plan.study.judged_by)
-        config, trial.commit, trial.digest = applied.config, applied.commit, applied.digest
+        config, trial.commit = applied.config, applied.commit
+        trial.digest, trial.shape = applied.digest, applied.shape
         trial.lines_added, trial.lines_removed = applied.lines_added, applied.lines_removed
         (folder / "diff.patch").write_text(applied.diff, "utf-8", "surrogateescape")
     workspace.point_trial(study.repo, study.name, trial.number, trial.commit)
-    refuse_repeat(study.journal.trials, trial.digest)
+    check_novelty(study, trial, config)
     config = on_this_machine(study, config)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(OmegaConf.create(config.model_dump()), folder / "config.yaml")
     return for_runs(study, config)
 
 
-def refuse_repeat(trials: Iterable[Trial], digest: str) -> None:
-    """Raises Refused if one of the trials computed the same."""
-    for earlier in trials:
-        if earlier.digest == digest:
-            raise workspace.Refused(
-                f"same configuration and code as trial {earlier.number} "
-                f"('{earlier.proposal.title}'); a trial must differ from every earlier one. "
-                "Propose another value or another edit."
-            )
+def check_novelty(study: Study, trial: Trial, config: Config) -> None:
+    """Raises Refused; fills in what later trials are compared with."""
+    baseline, space = editable_values(study.plan.config), study.plan.space
+    trial.changed = changed_values(config, baseline)
+    state = State(trial.digest, trial.changed, trial.shape)
+    workspace.must_be_new(study.journal, trial.proposal, state, baseline, space)
+    near = near_trial(study.journal.trials, state, baseline, space)
+    if near and near.number not in trial.proposal.near:
+        trial.proposal.near.append(near.number)
 
 
 def bench(study: Study, trial: Trial, tree: Path, folder: Path, config) -> Bench:

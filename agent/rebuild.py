@@ -16,6 +16,7 @@ from agent.compare import (
     Outcome,
     Seen,
     Stated,
+    before,
     compare,
     contradictions,
     facts_of,
@@ -25,7 +26,8 @@ from agent.compare import (
     training_of,
 )
 from agent.journal import Run, Trial
-from agent.loop import bench, refuse_repeat
+from agent.loop import bench
+from agent.novelty import State, changed_values, editable_values
 from agent.replays import Key
 from agent.seeds import on_this_machine
 from agent.settings import StudyError
@@ -241,10 +243,19 @@ def refuse_again(study: Study, trial: Trial, tree: Path, noise, wrong: list[str]
     try:
         applied = workspace.apply(tree, trial.proposal, f"trial {trial.number:03d}: again")
         workspace.code_of(tree, study.settings["first_commit"])
-        refuse_repeat(study.journal.trials[: trial.number], applied.digest)
+        must_be_new(study, trial, applied)
     except workspace.Refused as error:
         now = Seen(status="invalid", message=str(error))
     return then, now, compare(then, now, noise, wrong)
+
+
+def must_be_new(study: Study, trial: Trial, applied: workspace.Applied) -> None:
+    """As the loop asked when the trial's turn came. Raises Refused."""
+    baseline = editable_values(study.plan.config)
+    changed = changed_values(applied.config, baseline)
+    state = State(applied.digest, changed, applied.shape)
+    earlier = before(study.journal, trial)
+    workspace.must_be_new(earlier, trial.proposal, state, baseline, study.plan.space)
 
 
 def clear(folder: Path) -> None:

@@ -26,8 +26,9 @@ from agent.rebuild import REPLAYS_FOLDER, Job, clear, groups_of, jobs_of, replay
 from agent.replays import Replay
 from agent.report import find_study, mirror_of, write_report
 from agent.screen import Screen
-from agent.settings import Plan, StudyError, StudySettings, compose
+from agent.settings import Bounds, Plan, StudyError, StudySettings, compose
 from agent.study import BASE_FOLDER, Study, examine_sandbox, lock, read_journal, stop_on_signals
+from agent.target import VAL
 from agent.tracking import read_identity, read_settings
 from agent.trial import PREPARE_LIMIT_S, Interrupted
 from agent.warm import Starter, StartError, kill_marked
@@ -170,6 +171,12 @@ def open_study(repo: Path, name: str, stop):
     with lock(folder, name), ExitStack() as bases:
         kill_marked(folder)
         journal, plan = read_journal(folder, repair=False), plan_of(repo, settings)
+        if plan.study.judged_by is not VAL:
+            raise StudyError(
+                f"study ({name}): judged by {plan.study.target}; only studies of {VAL.name} are "
+                f"replayed so far. Its champion: git checkout study/{name} && dvc repro -f "
+                f"--no-run-cache {plan.study.judged_by.stage}"
+            )
         if not workspace.has_commit(repo, settings["first_commit"]):
             raise StudyError(
                 f"study ({name}): git has no commit {settings['first_commit'][:12]} any more, "
@@ -207,8 +214,9 @@ def plan_of(repo: Path, settings: dict) -> Plan:
         defaults = compose(repo / "conf", "study", [])
         study = defaults.pop("study") | settings["study"]
         defaults.pop("space", None)
+        space = {key: check(each, Bounds) for key, each in settings.get("space", {}).items()}
         config = check(unflatten(flatten(defaults) | flatten(settings["config"])))
-        return Plan(study=check(study, StudySettings), space={}, config=config)
+        return Plan(study=check(study, StudySettings), space=space, config=config)
     except ConfigError as error:
         raise StudyError(
             f"study ({settings.get('name')}): its settings do not fit the code of this checkout "

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from agent import promotion_report, replays
+from agent.costs import in_words, of_trials
 from agent.decide import measure_noise, spent
 from agent.journal import Journal, Trial
+from agent.proposers import mixed
 from agent.target import TARGETS, VAL, Target
 from agent.tracking import Mirror, number, read_identity, read_settings
 from nightshift.fixed.config import ROOT, ConfigError, Tracking, nearest
@@ -25,6 +27,16 @@ SUMMARY_FILE = "summary.md"
 # Okabe and Ito's palette: these stay apart for every kind of colour vision.
 KEPT, DISCARDED, FAILED, BAND = "#0072B2", "#999999", "#D55E00", "#56B4E9"
 LABEL_CHARS = 28
+MAX_EVENTS = 50  # trials whose troubles with the model are listed
+
+# What a language model cost for the trial, and where Usage has it.
+MODEL_COLUMNS = {
+    "model_calls": "calls",
+    "input_tokens": "input_tokens",
+    "output_tokens": "output_tokens",
+    "dollars": "dollars",
+    "model_s": "seconds",
+}
 
 # autoresearch's columns, in its order, then ours. Its `status` is keep, discard or crash. A study
 # of chat_bpb has that in place of val_bpb.
@@ -33,7 +45,7 @@ COLUMNS = (
     "trial", "decision", "run_status", "gain", "parent", "source", "change", "seeds", "steps",
     "tokens", "tokens_per_s", "mfu", "num_params", "train_s", "wall_s", "lines_added",
     "lines_removed", "started_at", "estimate", "low", "high", "evidence", "parent_runs", "drift",
-    "hypothesis", "reason",
+    "hypothesis", "reason", *MODEL_COLUMNS,
 )  # fmt: skip
 
 
@@ -270,6 +282,8 @@ def _row(trial: Trial) -> dict[str, Any]:
         name: getattr(first, name, None)
         for name in ("steps", "tokens", "tokens_per_s", "mfu", "num_params", "train_s")
     }
+    usage = trial.proposal.usage
+    row |= {column: getattr(usage, name, None) for column, name in MODEL_COLUMNS.items()}
     return row | {
         "commit": (trial.commit or "")[:7],
         "memory_gb": first.peak_memory_gb if first else None,
@@ -330,6 +344,10 @@ def summary(
     failed = [trial for trial in journal.trials if trial.status != "ok"]
     if failed:
         parts += ["## What failed, and why", "\n".join(_failure(trial) for trial in failed)]
+    if usage := of_trials(journal.trials):
+        parts += ["## The language model", f"{in_words(usage)}.", _events(journal.trials)]
+    if len({t.proposal.source for t in journal.trials[1:]}) > 1:
+        parts += ["## Sources", _sources(journal.trials[1:])]
     parts += [replayed, "## Reproduce", _reproduce(settings, name, kept)]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -405,10 +423,32 @@ def _table(trials: list[Trial], columns: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def _sources(trials: list[Trial]) -> str:
+    """What each source brought, and what its trials took (mixed.py shares turns out by that)."""
+    lines = ["| source | trials | kept | estimated gain | run_s |", "|---|---|---|---|---|"]
+    for source in sorted({t.proposal.source for t in trials}):
+        mine = [t for t in trials if t.proposal.source == source]
+        kept = sum(t.decision == "keep" for t in mine)
+        gain, cost = sum(map(mixed.gain_of, mine)), sum(map(mixed.cost_s, mine))
+        lines.append(f"| {source} | {len(mine)} | {kept} | {gain:+.4f} | {cost:.0f} |")
+    return "\n".join(lines)
+
+
 def _failure(trial: Trial) -> str:
     messages = [run.message for run in trial.runs if run.message]
     why = messages[0] if messages else trial.reason
     return f"- {number(trial)} {_markdown(trial.proposal.title)}: {trial.status}. {_markdown(why)}"
+
+
+def _events(trials: list[Trial]) -> str:
+    """What calls and answers ran into, the last trials first."""
+    lines = [
+        f"- {number(trial)} ({trial.proposal.source}) {_markdown('; '.join(trial.proposal.events))}"
+        for trial in reversed(trials)
+        if trial.proposal.events
+    ]
+    more = [f"- and {len(lines) - MAX_EVENTS} more trials: the journal has them"]
+    return "\n".join(lines[:MAX_EVENTS] + (more if len(lines) > MAX_EVENTS else []))
 
 
 def _reproduce(settings: dict[str, Any], name: str, kept: list[Trial]) -> str:

@@ -57,8 +57,21 @@ def wanted_seed(study: Study, trial: Trial, parent: Trial | None) -> int | None:
         return next_seed(trial.runs, settings.baseline_seeds)
     runs = study.journal.runs_of(parent, trial)
     failed = [seed for seed, run in runs.items() if run.status != "ok"]
-    seed = next_seed(trial.runs, settings.seeds, failed)
+    seed = next_seed(trial.runs, seeds_for(study, trial), failed)
     return seed if seed is not None and verdict(study, trial).kind == "more" else None
+
+
+def seeds_for(study: Study, trial: Trial) -> list[int]:
+    """In the order in which they are run. A repeat has only those that its state has not run yet:
+    its evidence must not be what was seen when the repeat was asked for."""
+    settings = study.plan.study
+    if trial.proposal.repeats is None:
+        return settings.seeds
+    same = [t for t in study.journal.trials if t.digest == trial.digest]
+    used = {run.seed for t in same for run in t.runs}
+    others = range(1, settings.max_seeds + len(used) + len(settings.baseline_seeds) + 1)
+    fresh = [seed for seed in dict.fromkeys([*settings.seeds, *others]) if seed not in used]
+    return fresh[: settings.max_seeds]
 
 
 def verdict(study: Study, trial: Trial) -> Decision:
@@ -137,7 +150,8 @@ def on_this_machine(study: Study, config: Config) -> Config:
 def judge(study: Study, trial: Trial, parent: Trial | None) -> None:
     """Fill in decision, reason and numbers. Raises BaselineFailed."""
     common = study.plan.study.baseline_seeds  # so that trials compare along the lineage
-    numbers = [run.score for run in trial.runs if run.status == "ok" and run.seed in common]
+    ok = [run for run in trial.runs if run.status == "ok"]
+    numbers = [run.score for run in ok if run.seed in common] or [run.score for run in ok]
     if numbers and trial.status == "ok":
         mean = round(sum(numbers) / len(numbers), 6)  # as result.json and MLflow have it
         setattr(trial, study.plan.study.target, mean)

@@ -31,7 +31,8 @@ HARNESS_KEYS = (
     "sandbox",
     "tracking",
 )  # not what is learned
-MAY_CHANGE = ("trials", "warm", "keep_checkpoints")  # when a study is started again
+# When a study is started again:
+MAY_CHANGE = ("trials", "warm", "keep_checkpoints", "llm", "outside_wait_s")
 
 
 class StudyError(RuntimeError):
@@ -62,6 +63,40 @@ class Bounds(Group):
         return None
 
 
+class Caps(Group):
+    """The most that may be spent, in dollars or tokens; null: no cap. See agent/costs.py."""
+
+    call: int | float | None = Field(gt=0)
+    trial: int | float | None = Field(gt=0)
+    study: int | float | None = Field(gt=0)
+
+
+class Price(Group):
+    """Dollars per million tokens."""
+
+    input: int | float = Field(ge=0)
+    output: int | float = Field(ge=0)
+
+
+class LlmSettings(Group):
+    """The language model that proposes (agent/proposers/llm.py); unused while its share is 0."""
+
+    model: str | None  # provider:name
+    base_url: str | None
+    temperature: float | None = Field(ge=0, le=2)
+    max_output_tokens: int = Field(ge=256)
+    timeout_s: float = Field(gt=0)  # for one answer, to its last byte
+    max_retries: int = Field(ge=0, le=20)
+    max_wait_s: float = Field(ge=0)
+    max_calls: int = Field(ge=1, le=100)
+    max_refusals: int = Field(ge=0, le=20)
+    lessons_every: int = Field(ge=0)
+    price: Price | None
+    cap_dollars: Caps
+    cap_tokens: Caps
+    trace: bool
+
+
 class StudySettings(Group):
     """How the pipeline is searched (conf/study.yaml)."""
 
@@ -75,6 +110,8 @@ class StudySettings(Group):
     equal_within: float = Field(ge=0, le=2)
     drift_every: int = Field(ge=0)
     sources: dict[str, float]
+    outside_wait_s: float = Field(default=300.0, ge=0)
+    llm: LlmSettings
     preflight_steps: int = Field(ge=1)
     warm: bool
     keep_checkpoints: bool
@@ -133,6 +170,17 @@ class StudySettings(Group):
                 raise ValueError(f"study.sources.{name} ({share:g}): a share must be at least 0")
         if not sum(self.sources.values()):
             raise ValueError("study.sources: at least one source needs a share above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _model_is_named(self):
+        model = self.llm.model or ""
+        if self.sources.get("llm") and not all(model.partition(":")):
+            raise ValueError(
+                f"study.llm.model ({self.llm.model}): with study.sources.llm above 0 it must name "
+                "provider:model, e.g. study.llm.model=openai:gpt-4.1 or ollama:qwen3 "
+                "(docs/researcher.md)"
+            )
         return self
 
 
@@ -265,6 +313,7 @@ def _comparable(values: dict[str, Any]) -> dict[str, Any]:
     config = {k: v for k, v in flat.items() if k.split(".")[0] not in HARNESS_KEYS}
     study = {k: v for k, v in values["study"].items() if k not in MAY_CHANGE}
     study.setdefault("target", "val_bpb")  # what studies had before there was a choice
+    study["sources"] = {k: v for k, v in study["sources"].items() if v}  # no share is no source
     device = {key: flat[key] for key in ("runtime.device", "runtime.num_threads")}
     return config | device | flatten({"study": study, "space": values["space"]})
 

@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -56,8 +57,10 @@ class Study:
     view: View
     mirror: Mirror
     base: Any = None  # agent.base.Base; of a study of chat_bpb
+    researcher: Any = None  # agent.proposers.llm.Researcher, if a language model proposes
     told: set[str] = field(default_factory=set)
     memory: list[Trial] = field(default_factory=list)  # of earlier studies (after.py)
+    given_up: bool = False  # the last wait for a proposal from outside was in vain (outside.py)
 
     @property
     def name(self) -> str:
@@ -167,6 +170,7 @@ def open_study(repo: Path, plan: Plan, stop: Stop, make_view: Callable = View, e
         sandbox = examine_sandbox(plan)
         journal = read_journal(folder)
         settings = recall(repo, folder, plan, journal)
+        researcher = open_researcher(repo, folder, plan, journal, stop)
         workspace.remove_worktrees_under(repo, folder)
         workspace.remove_stale_locks(repo, name)
         starter = Starter(folder, plan.study.warm)  # its imports go on while MLflow is opened
@@ -197,7 +201,10 @@ def open_study(repo: Path, plan: Plan, stop: Stop, make_view: Callable = View, e
                 view=view,
                 mirror=mirror,
                 memory=read_memory(folder),
+                researcher=researcher,
             )
+            if researcher:
+                researcher.caller.show = view.show
             yield study
             status = "FINISHED"
         except Interrupted:
@@ -208,6 +215,16 @@ def open_study(repo: Path, plan: Plan, stop: Stop, make_view: Callable = View, e
             kill_marked(folder)
             if study:
                 (end or close_study)(study, status)
+
+
+def open_researcher(repo: Path, folder: Path, plan: Plan, journal: Journal, stop: Stop) -> Any:
+    """The model that proposes, or None. Imported only here: without it LangChain is not needed."""
+    if not plan.study.sources.get("llm"):
+        return None
+    from agent.answer import StudyFiles
+    from agent.proposers.llm import Researcher
+
+    return Researcher(plan.study.llm, StudyFiles(repo, folder, journal), stop)
 
 
 def close_study(study: Study, status: str) -> None:
@@ -290,6 +307,17 @@ def begin(repo: Path, folder: Path, plan: Plan, base: str) -> dict:
     return settings
 
 
+def _locked(file) -> bool:
+    """Tried for a moment: who asks whether the study runs (outside.py) holds the lock so long."""
+    for _ in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02)
+    return False
+
+
 @contextmanager
 def lock(folder: Path, name: str):
     """One process a study. The file goes when the study ends; after a kill it means nothing."""
@@ -297,13 +325,11 @@ def lock(folder: Path, name: str):
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(file):
             raise StudyError(
                 f"study.name ({name}): another process runs this study or a replay of it. Wait for "
                 "it, or choose another study.name"
-            ) from None
+            )
         if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
             break  # else its owner removed the file between our open and our lock
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.journal import Journal, Run, Trial
+from agent.traces import write_traces
 from nightshift.fixed.config import digest, flatten
 from nightshift.fixed.result import (
     CONFIG_FILE,
@@ -217,6 +218,8 @@ class Mirror:
             "hypothesis": proposal.hypothesis,
             "source": proposal.source,
             "change": proposal.kind,
+            "model": proposal.model,
+            "repairs": proposal.repairs,
             "parent_trial": None if trial.parent is None else f"{trial.parent:03d}",
             "commit": trial.commit,
             "mlflow.source.git.commit": trial.commit,
@@ -238,6 +241,8 @@ class Mirror:
             child.artifact(diff)
         if folder:
             self._fill_from_run(child, trial, folder)
+        if read_settings(self.folder).get("study", {}).get("llm", {}).get("trace"):
+            write_traces(child, self.folder, self._study_id(), trial)
         for run in trial.runs[1:]:
             _artifacts(child, self.folder, run, f"seed_{run.seed}")
         for run in trial.parent_runs:
@@ -320,6 +325,9 @@ def trial_metrics(trial: Trial) -> dict[str, Any]:
         first = trial.runs[0]
         metrics |= {name: getattr(first, name) for name in RUN_NUMBERS}
     metrics |= {f"{run.target}_seed_{run.seed}": run.score for run in trial.runs}
+    if usage := trial.proposal.usage:
+        names = ("calls", "input_tokens", "output_tokens", "dollars", "seconds")
+        metrics |= {f"model_{name}": getattr(usage, name) for name in names}
     return metrics | {
         "wall_s": trial.wall_s,
         "num_seeds": len(trial.runs),

@@ -16,6 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from agent.costs import in_words, of_trials
 from agent.journal import Journal, Trial
 from agent.target import VAL, Target
 from nightshift.fixed.config import flatten
@@ -77,7 +78,9 @@ class View:
     def _clock(self) -> str:
         elapsed = f"{minutes(time.monotonic() - self.started)} elapsed"
         left_s = self.seconds_left()
-        return elapsed if left_s is None else f"{elapsed}, about {minutes(left_s)} left"
+        left = "" if left_s is None else f", about {minutes(left_s)} left"
+        usage = of_trials(self.journal.trials)
+        return elapsed + left + (f"; model: {in_words(usage)}" if usage else "")
 
     def seconds_left(self) -> float | None:
         """From the mean time of the trials so far; None before there is one."""
@@ -127,6 +130,8 @@ def summary(
     what += [f"code: {t.proposal.title} (trial {t.number})" for t in kept if t.proposal.edits]
     what = what or ["the baseline's configuration: nothing was better"]
     lines += [f"{'best:' if not i else '':12} {change}" for i, change in enumerate(what)]
+    if usage := of_trials(journal.trials):
+        lines.append(f"{'model:':12} {in_words(usage)}")
     if report:
         lines.append(f"{'report:':12} {report}")
     lines.append(f"{'look:':12} nightshift ui")

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 from omegaconf import OmegaConf
 
 from agent.journal import Edit, Journal, Proposal
+from agent.novelty import State, objection, shape_of
 from agent.settings import HARNESS_KEYS, StudyError, compose
 from agent.target import CHAT, VAL, Target
 from nightshift.fixed.config import (
@@ -71,6 +72,7 @@ class Applied:
     config: Config
     commit: str
     digest: str
+    shape: str
     diff: str
     lines_added: int
     lines_removed: int
@@ -290,12 +292,14 @@ def reproducible(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in HARNESS_KEYS}
 
 
-def merge_into_champion(path: Path, flat: dict[str, Any]) -> None:
-    """Set dotted keys in champion.yaml; its other values and the comment at its head stay."""
+def merge_into_champion(path: Path, flat: dict[str, Any], needless: Sequence[str] = ()) -> None:
+    """Set dotted keys in champion.yaml; its other values and the comment at its head stay.
+    `needless` keys go: conf/ says the same without them, so going back to it is fewer lines."""
     text = path.read_text(encoding="utf-8") if path.exists() else "# @package _global_\n"
     head = re.match(r"(?:#.*\n)*", text)[0]
     values = OmegaConf.to_container(OmegaConf.create(text)) or {}
-    merged = unflatten(flatten(values) | flat)
+    merged = flatten(values) | flat
+    merged = unflatten({key: value for key, value in merged.items() if key not in needless})
     body = OmegaConf.to_yaml(OmegaConf.create(merged)) if merged else "{}\n"
     path.write_text(head + body, encoding="utf-8")
 
@@ -348,6 +352,7 @@ def apply(tree: Path, proposal: Proposal, title: str, target: Target = VAL) -> A
         config=config,
         commit=commit,
         digest=state_digest(tree, config),
+        shape=shape_at(tree, target),
         diff=git(tree, "diff", parent, commit) + "\n",
         lines_added=added,
         lines_removed=removed,
@@ -402,6 +407,19 @@ def state_digest(tree: Path, config: Config) -> str:
     return digest([config_digest(config), code])
 
 
+def shape_at(tree: Path, target: Target = VAL) -> str:
+    present = [tree / path for path in target.files if (tree / path).exists()]
+    return shape_of(path.read_text(encoding="utf-8") for path in present)
+
+
+def must_be_new(
+    journal: Journal, proposal: Proposal, state: State, baseline: dict, space: dict
+) -> None:
+    """Raises Refused for what an earlier trial computes, or nearly (novelty.py)."""
+    if why := objection(journal.trials, proposal, state, baseline, space):
+        raise Refused(why)
+
+
 def _apply_overrides(tree: Path, overrides: dict[str, Any], before: Config, target: Target) -> None:
     keys = flatten(before.model_dump())
     editable = [key for key in keys if key.split(".")[0] in target.groups]
@@ -414,7 +432,9 @@ def _apply_overrides(tree: Path, overrides: dict[str, Any], before: Config, targ
             )
         raise Refused(f"override {key}: there is no such key.{nearest(key, editable)}")
     if overrides:
-        merge_into_champion(tree / CHAMPION, overrides)
+        without = flatten(compose(tree / "conf", "config", ["trial=none"]))
+        needless = [key for key, value in overrides.items() if without.get(key, ...) == value]
+        merge_into_champion(tree / CHAMPION, overrides, needless)
 
 
 def _apply_edit(tree: Path, edit: Edit, which: str, target: Target) -> None:
@@ -434,24 +454,30 @@ def _apply_edit(tree: Path, edit: Edit, which: str, target: Target) -> None:
     path.write_bytes(text.replace(edit.search, edit.replace).encode("utf-8"))
 
 
-def _editable_path(tree: Path, name: str, which: str, target: Target) -> Path:
-    plain, allowed = PurePosixPath(name), f"Editable: {target.editable}."
+def is_editable(name: str, target: Target = VAL) -> bool:
+    """By its path alone; whether there is such a file is another question."""
+    plain = PurePosixPath(name)
     in_conf = str(plain.parent) in target.folders and plain.suffix == ".yaml"
-    if str(plain) != name or not (name in target.files or in_conf):
+    return str(plain) == name and (name in target.files or in_conf)
+
+
+def _editable_path(tree: Path, name: str, which: str, target: Target) -> Path:
+    allowed = f"Editable: {target.editable}."
+    if not is_editable(name, target):
         raise Refused(f"{which}: {name} is not editable. {allowed}")
     path = tree / name
     if path.resolve() != tree.resolve() / name:
         raise Refused(f"{which}: {name} is a symbolic link, so not editable. {allowed}")
     if not path.is_file():
-        there = [p.relative_to(tree).as_posix() for p in path.parent.glob(f"*{plain.suffix}")]
+        there = [p.relative_to(tree).as_posix() for p in path.parent.glob(f"*{path.suffix}")]
         raise Refused(f"{which}: there is no file {name}.{nearest(name, there)}")
     return path
 
 
 def _must_parse(tree: Path, path: str) -> None:
     try:
-        ast.parse((tree / path).read_text(encoding="utf-8"))
-    except (SyntaxError, ValueError) as error:
+        ast.dump(ast.parse((tree / path).read_text(encoding="utf-8")))  # as state_digest will
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         line = getattr(error, "lineno", None)
         raise Refused(
             f"{path} is not Python after the edits: {getattr(error, 'msg', error)}, line {line}. "

@@ -169,7 +169,7 @@ def main() -> int:
         name = f"null-{number}"
         asked = [
             f"study.name={name}", f"study.seed={number}", f"study.trials={trials}",
-            "study.sources.sampler=0", "study.sources.recipes=0", "+study.sources.nothing=1",
+            "sources=outside", "study.sources.outside=0", "+study.sources.nothing=1",
             *(f"{key}={value}" for key, value in given.items()),
         ]  # fmt: skip
         if status := loop.main(asked):

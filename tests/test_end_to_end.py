@@ -65,7 +65,7 @@ def test_a_study_is_told_alike_by_the_journal_mlflow_and_dvc(clone):
     )
     trials = [json.loads(line) for line in open(clone / "outputs/studies/t/journal.jsonl")]
     assert [t["number"] for t in trials] == [0, 1, 2, 3, 4]
-    assert sum(bool(t["proposal"]["edits"]) for t in trials) >= 2, "code changes are among them"
+    assert sum(bool(t["proposal"]["edits"]) for t in trials) >= 1, "code changes are among them"
     assert "reproduce:" in said
 
     uri = f"sqlite:///{clone}/outputs/mlflow/mlflow.db"

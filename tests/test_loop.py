@@ -94,9 +94,8 @@ def test_study_keeps_gains_and_discards_the_rest(project, capsys):
     assert main(overrides(4), project) == 0
     assert (study_folder(project) / "journal.jsonl").read_bytes() == before
     assert main(overrides(5), project) == 0
-    assert (
-        len(journal_of(project)) == 6 and journal_of(project).trials[5].proposal.source == "sampler"
-    )
+    assert len(journal_of(project)) == 6
+    assert journal_of(project).trials[5].proposal.source in ("sampler", "recipes")
 
 
 def test_a_near_tie_runs_more_seeds_and_so_does_its_parent_but_only_once(project):

@@ -206,14 +206,6 @@ def test_every_recipe_of_the_library_fits_the_code_of_this_checkout():
             texts[edit.path] = text.replace(edit.search, edit.replace)
 
 
-def test_sources_take_turns_by_their_shares():
-    turns = [mixed.source_of(n, {"sampler": 1, "recipes": 1}) for n in range(1, 7)]
-    assert turns == ["sampler", "recipes"] * 3
-    turns = [mixed.source_of(n, {"sampler": 3, "recipes": 1}) for n in range(1, 9)]
-    assert turns.count("recipes") == 2 and turns[:4].count("recipes") == 1
-    assert [mixed.source_of(n, {"sampler": 0, "recipes": 1}) for n in (1, 2)] == ["recipes"] * 2
-
-
 def test_a_source_with_nothing_left_passes_its_turn(tmp_path, monkeypatch):
     monkeypatch.setitem(mixed.PROPOSERS, "recipes", lambda context: None)
     assert mixed.propose(context(tmp_path, 2)).source == "sampler"
@@ -241,7 +233,8 @@ def test_edit_objects_come_back_from_a_recipe(tmp_path):
         ("study.false_keeps=0", "study.false_keeps"),
         ("+study.sources.oracle=1", "study.sources.oracle"),
         ("study.sources={oracle: 1}", "a key in it does not exist"),
-        ("study.sources={sampler: 0, recipes: 0}", "study.sources"),
+        ("study.sources={sampler: 0, recipes: 0, combine: 0, simplify: 0}", "study.sources"),
+        ("study.outside_wait_s=-1", "study.outside_wait_s"),
         ("+study.extra=1", "study.extra"),
         ("optim.matrix_lrr=1", "optim.matrix_lr"),
         ("optim.matrix_lr=-1", "optim.matrix_lr"),

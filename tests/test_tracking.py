@@ -11,6 +11,9 @@ import urllib.request
 
 import pytest
 
+from agent.costs import Ledger
+from agent.journal import Proposal, Trial
+from agent.tracking import Mirror
 from nightshift.fixed.config import ConfigError, Tracking
 from nightshift.fixed.tracking import (
     VIEW,
@@ -269,3 +272,48 @@ def test_the_ui_takes_the_next_free_port_and_ends_with_all_its_processes(store):
     ui.send_signal(signal.SIGINT)
     assert ui.wait(30) == 0
     assert not any(p.is_running() and p.status() != "zombie" for p in processes)
+
+
+# ---- calls of a language model ----
+
+
+def a_study_with_calls(folder, trace: bool):
+    """Two calls for trial 1: one that failed, one with an answer."""
+    ledger = Ledger(folder)
+    most = {"input_tokens": 9, "output_tokens": 9, "dollars": None}
+    ledger.end(ledger.begin(1, "proposal", "openai:m", most), "timeout", message="timeout: slow")
+    counted = {"input_tokens": 7, "output_tokens": 3, "dollars": 0.5, "seconds": 1.5}
+    ledger.end(ledger.begin(1, "proposal", "openai:m", most), "ok", **counted)
+    (folder / "conversations").mkdir()
+    lines = [{"role": "human", "text": "Propose."}, {"role": "ai", "text": "", "call": 1}]
+    lines[1]["calls"] = [{"name": "propose", "arguments": {"title": "t"}}]
+    talk = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "conversations/001.jsonl").write_text(talk)
+    (folder / "settings.json").write_text(json.dumps({"study": {"llm": {"trace": trace}}}))
+    proposal = Proposal(title="t", hypothesis="h", source="llm", usage=ledger.usage(1))
+    return Trial(number=1, proposal=proposal, parent=0, status="ok", decision="discard", reason="")
+
+
+@pytest.mark.parametrize("trace", [True, False])
+def test_each_call_of_a_model_is_a_trace_of_its_trials_run_and_only_once(store, tmp_path, trace):
+    trial = a_study_with_calls(tmp_path, trace)
+    for _ in range(2):  # the second time as after a kill before the seal
+        mirror = Mirror(store, f"calls {trace}", tmp_path)
+        mirror.open_study({}, "0" * 40)
+        mirror.log_trial(trial)
+        child = store.find(study=f"calls {trace}", trial="001")[0].info.run_id
+        trial.reason += " again"  # another line of the journal: the child is made again
+    place = {"locations": [store.experiment_id]}
+    found = [t for t in store.client.search_traces(**place) if t.info.tags["trial"] == "001"]
+    mirror.close_study()
+    if not trace:
+        found = [t for t in found if t.info.trace_metadata["mlflow.sourceRun"] == child]
+        assert found == []
+        return
+    states = sorted((t.info.state.name, t.info.tags.get("dollars")) for t in found)
+    assert states == [("ERROR", None), ("OK", "0.5")]
+    assert {t.info.trace_metadata["mlflow.sourceRun"] for t in found} == {child}
+    (answered,) = [t.data.spans[0] for t in found if t.info.state.name == "OK"]
+    assert answered.inputs["messages"][0]["content"] == "Propose."
+    assert answered.outputs["tool_calls"][0]["arguments"] == {"title": "t"}
+    assert answered.attributes["mlflow.chat.tokenUsage"]["total_tokens"] == 10

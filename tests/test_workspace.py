@@ -60,6 +60,15 @@ def test_overrides_add_to_those_of_the_incumbent(tree):
     assert (config.optim.matrix_lr, config.optim.momentum) == (0.03, 0.9)
 
 
+def test_going_back_to_what_conf_says_anyway_removes_the_line(tree):
+    workspace.apply(tree, values(optim__matrix_lr=0.03, model__softcap=20.0), "1")
+    applied = workspace.apply(tree, values(optim__matrix_lr=0.02), "2")
+    assert applied.config.optim.matrix_lr == 0.02
+    assert (applied.lines_added, applied.lines_removed) == (0, 2)
+    champion = (tree / "conf/trial/champion.yaml").read_text()
+    assert "softcap: 20.0" in champion and "optim" not in champion
+
+
 @pytest.mark.parametrize(
     ("proposal", "words"),
     [

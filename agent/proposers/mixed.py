@@ -1,28 +1,104 @@
-"""Shares the trials out among the proposers, as evenly as whole trials allow."""
+"""Whose turn is it? A bandit over the sources: the more gain for the cost, the more turns.
 
-from agent.journal import Proposal
-from agent.proposers import Context, recipes, sampler
+Each source has earned the estimates of its kept trials (shrunken, decide.py), counted in the mean
+one of the study, and spent the seconds of its trials' runs, counted in the mean trial. Both fade:
+what happened a hundred trials ago says little about what is left to find. What a source earns for
+its cost has a Gamma posterior, with PRIOR_EARNED times its share (study.sources) over PRIOR_SPENT
+trials before anything is known; the highest draw has the turn (Thompson 1933, Biometrika 25:285;
+fading as in Raj and Kalyani 2017, arXiv 1707.09727).
 
-PROPOSERS = {"sampler": sampler.propose, "recipes": recipes.propose}
+However a source does, it keeps FLOOR of its share: one that is a whole turn behind that is asked
+first. A source that has nothing to propose passes its turn to the next.
+
+A pure function of the sources, the seed and the journal: a study can be told again.
+"""
+
+import random
+from collections.abc import Sequence
+
+from agent.journal import Proposal, Trial
+from agent.proposers import Context, combine, recipes, sampler, simplify
+
+PROPOSERS = {
+    "sampler": sampler.propose,
+    "recipes": recipes.propose,
+    "combine": combine.propose,
+    "simplify": simplify.propose,
+    "llm": lambda context: context.researcher.propose(context),  # imported only where it is used
+    "outside": lambda context: context.outside(False),
+}
+FALLBACK = ("sampler", "recipes")  # need nothing, so they go on where the model alone was asked
+FLOOR = 0.25  # of its share, that a source keeps
+FADE = 0.98  # weight of a trial against the next: half after 34
+PRIOR_EARNED, PRIOR_SPENT = 1.0, 4.0  # of a source of mean share, in mean keeps and mean trials
+LEAST_COST = 0.25  # of the mean trial: a trial that fails at once still takes a turn
 
 
 def propose(context: Context) -> Proposal | None:
-    """From the source whose turn it is; from the next one when that has nothing left."""
-    turn = source_of(context.number, context.sources)
-    others = [name for name, share in context.sources.items() if share and name != turn]
-    for name in [turn, *others]:
-        if proposal := PROPOSERS[name](context):
-            return proposal
-    return None
+    """From the source whose turn it is; from the next one when that has nothing."""
+    names = ranking(context.journal.trials, context.sources, context.seed, context.number)
+    if context.researcher:
+        names += [name for name in FALLBACK if name not in names]
+    found = (PROPOSERS[name](context) for name in names)
+    proposal = next(filter(None, found), None)
+    if proposal is None and context.sources.get("outside"):
+        proposal = context.outside(True)  # for as long as it takes: nobody else has anything
+    if proposal and context.researcher:
+        context.researcher.sign(context.number, proposal)
+    return proposal
 
 
-def source_of(number: int, sources: dict[str, float]) -> str:
-    """Whose turn trial `number` (1, 2, ...) is: each gets credit by its share, the richest pays."""
-    total, credit = sum(sources.values()), dict.fromkeys(sources, 0.0)
-    turn = ""
-    for _ in range(number):
-        for name, share in sources.items():
-            credit[name] += share / total
-        turn = max(credit, key=lambda name: round(credit[name], 9))  # ties: the first named
-        credit[turn] -= 1
-    return turn
+def ranking(
+    trials: Sequence[Trial], sources: dict[str, float], seed: int, number: int
+) -> list[str]:
+    """The sources with a share, in the order in which they are asked for trial `number`."""
+    shares = {name: share / sum(sources.values()) for name, share in sources.items() if share}
+    turns = [trial.proposal.source for trial in trials]
+    owed = {name: FLOOR * share * number - turns.count(name) for name, share in shares.items()}
+    drawn = draws(trials, shares, seed, number)
+    return sorted(shares, key=lambda name: (-max(owed[name], 1 - 1e-9), -drawn[name]))
+
+
+def draws(
+    trials: Sequence[Trial], shares: dict[str, float], seed: int, number: int
+) -> dict[str, float]:
+    """What each source earns for its cost, drawn from what is known of it."""
+    rng, accounts = random.Random(f"mixed/{seed}/{number}"), account(trials)
+    drawn = {}
+    for name in sorted(shares):
+        earned, spent = accounts.get(name, (0.0, 0.0))
+        prior = PRIOR_EARNED * shares[name] * len(shares)
+        drawn[name] = rng.gammavariate(prior + earned, 1.0) / (PRIOR_SPENT + spent)
+    return drawn
+
+
+def account(trials: Sequence[Trial]) -> dict[str, tuple[float, float]]:
+    """Source -> (earned in mean keeps, spent in mean trials), faded."""
+    judged = [trial for trial in trials if trial.parent is not None]
+    unit = _mean([gain_of(t) for t in judged if gain_of(t)]) or 1.0
+    typical_s = _mean([cost_s(t) for t in judged if cost_s(t)]) or 1.0
+    accounts: dict[str, tuple[float, float]] = {}
+    for age, trial in enumerate(reversed(judged)):
+        earned, spent = accounts.get(trial.proposal.source, (0.0, 0.0))
+        cost = max(cost_s(trial) / typical_s, LEAST_COST)
+        weight = FADE**age
+        accounts[trial.proposal.source] = (
+            earned + weight * gain_of(trial) / unit,
+            spent + weight * cost,
+        )
+    return accounts
+
+
+def gain_of(trial: Trial) -> float:
+    """What a kept trial brought, in bpb: its shrunken gain. Simpler and equal is worth nothing."""
+    return max(trial.estimate or 0.0, 0.0) if trial.decision == "keep" else 0.0
+
+
+def cost_s(trial: Trial) -> float:
+    """Seconds of its runs, the parent's included, and of the language model that proposed it."""
+    asked = trial.proposal.usage.seconds if trial.proposal.usage else 0.0
+    return asked + sum(run.wall_s or 0.0 for run in trial.runs + trial.parent_runs)
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0

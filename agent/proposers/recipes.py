@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from agent.journal import Edit, Proposal, Trial
-from agent.proposers import Context
+from agent.proposers import Context, misfit
 from agent.target import VAL, Target
 from nightshift.fixed.config import ConfigError
 
@@ -37,8 +37,8 @@ def propose(context: Context, folder: Path | None = None) -> Proposal | None:
     for recipe in _by_memory(recipes, context.memory):
         if recipe.title in tried:
             continue
-        if misfit := _misfit(recipe, context):
-            context.note(f"recipe '{recipe.title}' left out: {misfit}")
+        if why := misfit(recipe, context.read):
+            context.note(f"recipe '{recipe.title}' left out: {why}")
             continue
         return recipe
     return None
@@ -50,18 +50,6 @@ def _by_memory(recipes: list[Proposal], memory: list[Trial]) -> list[Proposal]:
     kept = {t.proposal.title for t in known if t.decision == "keep"}
     tried = {t.proposal.title for t in known}
     return sorted((r for r in recipes if r.title not in kept), key=lambda r: r.title in tried)
-
-
-def _misfit(recipe: Proposal, context: Context) -> str | None:
-    texts: dict[str, str] = {}
-    for edit in recipe.edits:
-        text = texts.get(edit.path) or context.read(edit.path)
-        if text is None:
-            return f"there is no {edit.path} at the incumbent"
-        if (count := text.count(edit.search)) != 1:
-            return f"its search text occurs {count} times in {edit.path} at the incumbent"
-        texts[edit.path] = text.replace(edit.search, edit.replace)  # the next edit sees this one
-    return None
 
 
 def read_recipes(folder: Path = FOLDER) -> list[Proposal]:

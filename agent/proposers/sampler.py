@@ -14,8 +14,9 @@ import warnings
 from typing import Any
 
 from agent.journal import Journal, Proposal
-from agent.proposers import Context
-from nightshift.fixed.config import ConfigError, check, flatten, unflatten
+from agent.novelty import close, near_values
+from agent.proposers import Context, is_valid
+from nightshift.fixed.config import flatten
 
 STARTUP_TRIALS = 10
 REACH = 0.35  # how far from the incumbent a proposal may be, as a share of the range
@@ -35,8 +36,11 @@ def propose(context: Context) -> Proposal | None:
         keys = rng.sample(sorted(space), min(rng.choice(NUM_KEYS), len(space)))
         values = _values(keys, space, incumbent, results, rng)
         rounded = {k: _rounded(v, context.space[k], incumbent[k]) for k, v in values.items()}
-        overrides = {key: v for key, v in rounded.items() if v != incumbent[key]}
-        if overrides and overrides not in tried and _is_valid(incumbent | overrides):
+        overrides = {
+            key: v for key, v in rounded.items() if not close(v, incumbent[key], context.space[key])
+        }
+        known = any(near_values(overrides, values, context.space) for values in tried)
+        if overrides and not known and is_valid(incumbent | overrides):
             return _proposal(overrides, incumbent, len(results))
     return None
 
@@ -127,14 +131,6 @@ def _rounded(value, bounds, incumbent):
     return min(max(value, bounds.low), bounds.high)
 
 
-def _is_valid(flat: dict[str, Any]) -> bool:
-    try:
-        check(unflatten(flat))
-        return True
-    except ConfigError:
-        return False
-
-
 def _tried(journal: Journal) -> list[dict[str, Any]]:
     """Override sets that were run from the present incumbent."""
     parent = journal.incumbent.number if journal.incumbent else None
@@ -151,7 +147,8 @@ def _results(context: Context) -> list[tuple[dict[str, Any], float]]:
     for trial in context.journal.trials:
         before = flatten(context.baseline) if trial.parent is None else values[trial.parent]
         values.append(before | trial.proposal.overrides)
-        if trial.status == "ok" and trial.proposal.kind != "code":
+        first_seed = trial.proposal.repeats is None  # a repeat starts with another
+        if trial.status == "ok" and trial.proposal.kind != "code" and first_seed:
             results.append((values[-1], trial.runs[0].score))
     return results
 

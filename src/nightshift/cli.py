@@ -16,6 +16,12 @@ COMMANDS = {
         "agent.promote",
         "a study's champion at a larger scale: ablation, test once, registry",
     ),
+    "agent": (
+        "agent.shell",
+        "an outside agent's tools on a study, JSON in and out: propose, status",
+    ),
+    "mcp": ("agent.mcp_server", "the same tools as an MCP server on stdin and stdout"),
+    "tell": ("agent.notes", "leave a note for the model that proposes in a study"),
     "report": ("agent.report", "chart, table and summary of a study"),
     "replay": ("agent.replay", "make a trial again, or all of a study: first/3, --all first"),
     "pretrain": (

@@ -13,6 +13,7 @@ mlflow is imported on first use (1.3 s); with tracking=off never.
 import base64
 import fcntl
 import getpass
+import hashlib
 import http.client
 import json
 import logging
@@ -389,6 +390,21 @@ class RunLog:
             columns = {key: [row.get(key) for row in samples] for key in samples[0]}
             self._write("log_table", columns, name)
 
+    def trace(self, name: str, identity: str, facts: dict[str, Any]) -> None:
+        """One call of a language model. `identity` names it: written again, it is the same one.
+
+        `facts`: inputs, outputs, message (null: it went well), started_s, seconds, usage, tags.
+        """
+        if self.run_id is None or self.lost:
+            return
+        from mlflow.tracing.client import TracingClient
+
+        span, info = _trace_of(name, identity, facts, self.store.experiment_id, self.run_id)
+        with reported(self.store.uri):
+            client = TracingClient(self.store.uri)
+            client.start_trace(info)
+            client.log_spans(self.store.experiment_id, [span])
+
     def describe(self, markdown: str) -> None:
         """The run's note. A table column shows its first 40 characters: begin with a sentence."""
         self.tags({"mlflow.note.content": markdown})
@@ -436,6 +452,54 @@ class RunLog:
                 raise
             self.lost = True
             print(f"{error} The run goes on; its numbers are in its folder.", file=sys.stderr)
+
+
+def _trace_of(name: str, identity: str, facts: dict[str, Any], experiment_id: str, run_id: str):
+    """(span, trace info). MLflow's own tracer knows no past and no run but the active one."""
+    from mlflow.entities import Span, TraceInfo, TraceLocation, TraceState
+
+    key = hashlib.sha256(identity.encode()).digest()[:16]
+    trace_id, usage = f"tr-{key.hex()}", facts["usage"]
+    usage = usage | {"total_tokens": usage["input_tokens"] + usage["output_tokens"]}
+    started_ns, failed = int(facts["started_s"] * 1e9), facts["message"]
+    attributes = {
+        "mlflow.traceRequestId": trace_id,
+        "mlflow.spanType": "CHAT_MODEL",
+        "mlflow.spanInputs": facts["inputs"],
+        "mlflow.spanOutputs": facts["outputs"],
+        "mlflow.chat.tokenUsage": usage,
+    }
+    span = Span.from_dict(
+        {
+            "trace_id": base64.b64encode(key).decode(),
+            "span_id": base64.b64encode(key[:8]).decode(),
+            "parent_span_id": None,
+            "name": name,
+            "start_time_unix_nano": started_ns,
+            "end_time_unix_nano": started_ns + int(facts["seconds"] * 1e9),
+            "events": [],
+            "status": {
+                "code": f"STATUS_CODE_{'ERROR' if failed else 'OK'}",
+                "message": failed or "",
+            },
+            "attributes": {key: json.dumps(value) for key, value in attributes.items()},
+        }
+    )
+    info = TraceInfo(
+        trace_id=trace_id,
+        trace_location=TraceLocation.from_experiment_id(experiment_id),
+        request_time=started_ns // 1_000_000,
+        state=TraceState.ERROR if failed else TraceState.OK,
+        execution_duration=int(facts["seconds"] * 1000),
+        request_preview=_cut(json.dumps(facts["inputs"]), 200),
+        response_preview=_cut(failed or json.dumps(facts["outputs"]), 200),
+        trace_metadata={
+            "mlflow.sourceRun": run_id,
+            "mlflow.trace.tokenUsage": json.dumps(usage),
+        },
+        tags={"mlflow.traceName": name, **_texts(facts["tags"])},
+    )
+    return span, info
 
 
 def rounded(name: str, value: float) -> float:
