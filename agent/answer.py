@@ -86,12 +86,12 @@ class Answer(Arguments):
     hypothesis: str = Field(
         min_length=1,
         max_length=600,
-        description="one sentence: why it should lower the study's number",
+        description="one sentence: why it should help",
     )
     expected_effect: str = Field(
         min_length=1,
         max_length=300,
-        description="by how much that number should move, and its cost",
+        description="by how much the number should move, and its cost",
     )
     overrides: dict[str, Any] = Field(
         default_factory=dict, max_length=50, description='new values: {"optim.matrix_lr": 0.03}'

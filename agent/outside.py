@@ -161,19 +161,11 @@ def not_running(study: StudyFiles) -> str:
 
 
 def summary_of(trial: Trial) -> dict[str, Any]:
-    names = (
-        "number",
-        "status",
-        "decision",
-        "reason",
-        "val_bpb",
-        "chat_bpb",
-        "gain",
-        "estimate",
-        "low",
-        "high",
+    names = ("number", "status", "decision", "reason", "gain", "estimate", "low", "high")
+    numbers = {trial.target: trial.score}
+    return (
+        {name: getattr(trial, name) for name in names} | numbers | {"title": trial.proposal.title}
     )
-    return {name: getattr(trial, name) for name in names} | {"title": trial.proposal.title}
 
 
 class Propose(Answer):

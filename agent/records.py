@@ -199,7 +199,7 @@ class Noise(Arguments):
 
 
 def noise(study: StudyFiles, args: Noise) -> dict[str, Any]:
-    """How much the study's number moves by chance: from seed to seed, and between two runs on one seed."""
+    """How much the number moves by chance: with the seed, and between two runs on one seed."""
     trials, asked = study.journal.trials, study.settings.get("study", {})
     seen = measure_noise(repeated(trials))
     rule = Rule(
