@@ -338,7 +338,7 @@ def trial_metrics(trial: Trial) -> dict[str, Any]:
 def trial_note(trial: Trial) -> str:
     """Markdown; a plain sentence first, because the runs table shows its source."""
     verdict = {"keep": "Kept", "discard": "Discarded"}[trial.decision]
-    result = trial.status if trial.score is None else f"{trial.target} {trial.score:.4f}"
+    result = trial.status if trial.score is None else f"{trial.score:.4f}"
     gain = "" if trial.gain is None else f" ({trial.gain:+.4f})"
     changes = [f"- `{key}={value}`" for key, value in trial.proposal.overrides.items()]
     changes += [

@@ -20,6 +20,7 @@ from agent.loop import main
 from agent.proposers.recipes import folder_of, read_recipes
 from agent.settings import differences, read_plan
 from agent.target import CHAT
+from agent.tracking import study_note, trial_metrics
 from agent.workspace import Refused
 from nightshift.fixed.config import CONF, ROOT, ConfigError
 from nightshift.model import GPT
@@ -121,8 +122,13 @@ def test_an_old_line_of_the_journal_loads_and_a_number_knows_its_name():
     del line["chat_bpb"], line["runs"][0]["chat_bpb"]
     loaded = trial_from_json(line)
     assert loaded == trial and (loaded.target, loaded.score) == ("val_bpb", 2.5)
+    assert trial_metrics(loaded) | {"val_bpb": 2.5, "val_bpb_seed_1": 2.5} == trial_metrics(trial)
     chat = Run(seed=1, status="ok", chat_bpb=3.1)
     assert (chat.target, chat.score) == ("chat_bpb", 3.1)
+    loaded.runs, loaded.val_bpb, loaded.chat_bpb = [chat], None, 3.1
+    metrics = trial_metrics(loaded)
+    assert metrics["chat_bpb"] == metrics["chat_bpb_seed_1"] == 3.1 and not metrics["val_bpb"]
+    assert "| trial | chat_bpb | gain | what |" in study_note("s", [loaded], None)
 
 
 # ---- the base ----
