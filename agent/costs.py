@@ -6,8 +6,6 @@ that it can have cost. Tokens are the provider's own count. The journal gets the
 (`Usage`) with its proposal; the ledger also has what a killed or paused trial spent.
 """
 
-import json
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import yaml
 
 from agent.journal import Trial, Usage
+from agent.lines import append_line, read_lines
 from agent.settings import Caps, LlmSettings
 from agent.trial import Interrupted
 
@@ -59,12 +58,8 @@ class Ledger:
         self.path = folder / LEDGER_FILE
         self.calls: list[dict[str, Any]] = []
         self.events: dict[int, list[str]] = {}
-        data = self.path.read_bytes() if self.path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        if len(whole) < len(data):  # a kill in mid-append
-            os.truncate(self.path, len(whole))
-        for line in whole.decode("utf-8").splitlines():
-            self._take(json.loads(line))
+        for line in read_lines(self.path):
+            self._take(line)
 
     def _take(self, line: dict[str, Any]) -> None:
         if "event" in line:
@@ -75,11 +70,8 @@ class Ledger:
             self.calls.append(line)
 
     def _write(self, line: dict[str, Any]) -> None:
+        append_line(self.path, line)
         self._take(line)
-        with open(self.path, "ab") as file:
-            file.write((json.dumps(line) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
 
     @property
     def last(self) -> int:

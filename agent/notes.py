@@ -4,13 +4,12 @@ Appended to notes.jsonl in the study's folder, whether it runs or not. The model
 sees them, and the journal says which ones it was shown.
 """
 
-import json
-import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from agent.lines import append_line, read_lines
 from agent.quote import plain
 from nightshift.fixed.config import ConfigError
 
@@ -46,7 +45,7 @@ def main(argv: list[str]) -> int:
 
 
 def tell(folder: Path, text: str) -> dict[str, Any]:
-    """One line, synced; one write, so that two tellers do not mix. Raises ConfigError."""
+    """Raises ConfigError for a note that is empty or too long."""
     text = " ".join(plain(text).split())
     if not 0 < len(text) <= MAX_NOTE_CHARS:
         raise ConfigError(
@@ -54,17 +53,12 @@ def tell(folder: Path, text: str) -> dict[str, Any]:
             "or write it into agent/program.md"
         )
     note = {"number": len(read_notes(folder)) + 1, "time": _now(), "text": text}
-    with open(folder / NOTES_FILE, "ab") as file:
-        file.write((json.dumps(note, ensure_ascii=False) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
+    append_line(folder / NOTES_FILE, note)
     return note
 
 
 def read_notes(folder: Path) -> list[dict[str, Any]]:
-    path = folder / NOTES_FILE
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return read_lines(folder / NOTES_FILE)
 
 
 def _now() -> str:

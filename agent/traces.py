@@ -4,13 +4,13 @@ Made from the ledger and the conversation after the trial, like all of MLflow: a
 identity of its own, so writing it again after a kill changes nothing.
 """
 
-import json
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from agent.costs import Ledger
 from agent.journal import Trial
+from agent.lines import read_lines
 from nightshift.fixed.tracking import RunLog
 
 CONVERSATIONS = "conversations"  # in the study's folder: NNN.jsonl, a message a line
@@ -47,8 +47,9 @@ def facts_of(call: dict[str, Any], inputs: list, outputs: Any) -> dict[str, Any]
 def exchanges_of(path: Path) -> dict[int, tuple[list, Any]]:
     """Call -> (what was said since the answer before, the answer)."""
     exchanges, said = {}, []
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    for line in map(json.loads, lines):
+    for line in read_lines(path):
+        if line["role"] == "system":  # asked anew after a kill
+            said = []
         message = {"role": line["role"], "content": line["text"][:MAX_TRACE_CHARS]}
         message |= {"tool_calls": line["calls"]} if "calls" in line else {}
         if "call" in line:

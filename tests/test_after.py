@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from standin import bonus, journal_of, make_project, overrides, run_git, script
+from standin import bonus, journal_of, make_project, overrides, run_git
 from test_proposers import a_trial, context
 
 from agent import after, loop
@@ -21,12 +21,29 @@ def given(trials: int, *more: str) -> list[str]:
     return [*settings, "study.name=second", "study.after=first", *more]
 
 
+def add(project: Path, decision: str, proposal: Proposal) -> None:
+    """A trial of `first` as a study would have left it: a commit and a line."""
+    model = project / "src/nightshift/model.py"
+    for one in proposal.edits if decision == "keep" else ():
+        model.write_text(model.read_text().replace(one.search, one.replace))
+    run_git(
+        project, "-c", "user.name=a", "-c", "user.email=a@b", "commit", "-aqm", proposal.title,
+        "--allow-empty",
+    )  # fmt: skip
+    journal = journal_of(project)
+    trial = a_trial(len(journal), proposal, 2.0, decision)
+    trial.parent = journal.incumbent and journal.incumbent.number
+    trial.commit = run_git(project, "rev-parse", "HEAD")
+    journal.append(trial)
+
+
 @pytest.fixture(scope="module")
 def first(tmp_path_factory) -> Path:
     """A study with one keep and one discard."""
     project = make_project(tmp_path_factory.mktemp("first") / "p")
-    script(project, [bonus(0.0, 0.5), bonus(0.5, 0.1)])
-    assert loop.main(overrides(2, "study.baseline_seeds=[1,2]"), project) == 0
+    add(project, "keep", Proposal(title="baseline", hypothesis="", source="baseline"))
+    add(project, "keep", bonus(0.0, 0.5))
+    add(project, "discard", bonus(0.5, 0.1))
     return project
 
 
@@ -58,11 +75,9 @@ def test_it_begins_from_the_champion_s_commit_and_remembers_without_counting(pro
     said = (folder / "report/summary.md").read_text()
     assert "It began from trial 1 of study first" in said
     # The first study goes on; the second one's origin stays what it was.
-    script(project, [bonus(0.5, 0.9)], first=3)
-    assert loop.main(overrides(3, seeds), project) == 0
-    assert journal_of(project).incumbent.number == 3
-    assert loop.main(given(0, seeds), project) == 0
-    assert json.loads((folder / "settings.json").read_text())["after"] == origin
+    add(project, "keep", bonus(0.5, 0.9))
+    assert after.find_origin(folder.parent, "second", "first") == origin
+    assert after.find_origin(folder.parent, "third", "first")["trial"] == 3
 
 
 def test_a_promotion_of_the_incumbent_is_where_the_next_study_begins(project):

@@ -206,24 +206,23 @@ def test_retry_after_is_kept_and_the_answer_comes(files):
 
 
 def test_the_deadline_holds_for_the_whole_answer_not_for_each_byte(files):
-    drip = say("never", drip_s=0.05)
+    drip = say("never", drip_s=0.2)  # a minute in all
     with ScriptedServer([drip, GOOD]) as server:
         settings = llm(server, timeout_s=0.4)
-        started = time.monotonic()
         proposal = ask(files, Researcher(settings, files, Stop()))
-    assert proposal.source == "llm" and time.monotonic() - started < 3
+    assert proposal.source == "llm" and 0.4 <= Ledger(files.folder).calls[0]["seconds"] < 10
     assert "timeout: no whole answer within 0.4 s" in proposal.events[0]
 
 
 def test_ctrl_c_during_a_call_works_at_once(files):
     stop = Stop()
-    with ScriptedServer([say("late", wait_s=3)]) as server:
+    with ScriptedServer([say("late", wait_s=60)]) as server:
         researcher = Researcher(llm(server), files, stop)
         threading.Timer(0.5, lambda: setattr(stop, "requested", True)).start()
         started = time.monotonic()
         with pytest.raises(Interrupted):
             ask(files, researcher)
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 20
     usage = Ledger(files.folder).usage(1)
     assert (usage.calls, usage.lost) == (1, 1), "what it cost is not known, and it is said"
 
@@ -338,6 +337,8 @@ def test_a_lost_call_counts_against_caps_as_the_most_it_can_have_cost(tmp_path):
     ledger = Ledger(tmp_path)
     assert ledger.spent() == (100, 5.0)
     assert ledger.usage() == Usage(calls=1, lost=1)
+    ledger.event(1, "after the torn line")
+    assert Ledger(tmp_path).events == {1: ["after the torn line"]}
     ledger.end(0, "ok", input_tokens=7, output_tokens=3, dollars=0.5, seconds=1.0)
     assert Ledger(tmp_path).spent() == (10, 0.5)
 
@@ -487,10 +488,10 @@ def test_a_study_stopped_or_killed_during_a_call_goes_on(tmp_path):
 
     def late(request):
         asked.set()
-        return Reply(wait_s=30, drop=True)
+        return Reply(wait_s=90, drop=True)
 
     with ScriptedServer([late, late, propose(overrides={"optim.beta1": 0.6})]) as server:
-        given = overrides(1, *arguments(server, "study.llm.timeout_s=60"))
+        given = overrides(1, *arguments(server, "study.llm.timeout_s=90"))
         project = recorded_study(tmp_path / "project", *given[4:]).repo
         for number, status in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
             asked.clear()
@@ -498,7 +499,7 @@ def test_a_study_stopped_or_killed_during_a_call_goes_on(tmp_path):
             assert asked.wait(60)
             started = time.monotonic()
             process.send_signal(number)
-            assert process.wait(30) == status and time.monotonic() - started < 10
+            assert process.wait(60) == status and time.monotonic() - started < 45
         assert len(journal_of(project)) == 1
         assert main(given, project) == 0
     usage = journal_of(project).trials[1].proposal.usage

@@ -162,15 +162,20 @@ def started(project: Path, *arguments: str):
         process.communicate()
 
 
+def finished(runs: Path) -> int:
+    """Looks only: read_lines mends."""
+    return runs.read_bytes().count(b"\n") if runs.exists() else 0
+
+
 @pytest.mark.slow
 def test_killed_or_stopped_it_goes_on_and_repeats_no_finished_run(ready, tmp_path):
     project = shutil.copytree(ready, tmp_path / "p")
     runs = study_folder(project) / "promotions/001/runs.jsonl"
     for number, how in ((1, signal.SIGKILL), (2, signal.SIGINT)):
         with started(project, "first", TWO) as process:
-            wait_for(lambda number=number: len(read_lines(runs)) >= number)
+            wait_for(lambda number=number: finished(runs) >= number, limit_s=120)
             os.kill(process.pid, how)
-            output, _ = process.communicate(timeout=20)
+            output, _ = process.communicate(timeout=60)
         if how == signal.SIGINT and process.returncode:  # not through before it was seen
             assert process.returncode == 130
             assert "stopped. To go on: nightshift promote first 'seeds=[1,2]'" in output

@@ -19,6 +19,7 @@ from agent import prompt, tools
 from agent.answer import Answer, StudyFiles, check_answer, read_answer
 from agent.costs import Ledger
 from agent.journal import Proposal
+from agent.lines import append_line, read_lines
 from agent.notes import MAX_NOTES, read_notes
 from agent.proposers import Context
 from agent.provider import Caller, CallFailed
@@ -84,11 +85,11 @@ class Researcher:
             answer = self.caller.ask(number, "proposal", messages, offered)
             talk.add(shortened(answer), self.ledger.last)
             proposal, reasons = self._hear(answer, talk)
-            if proposal:
-                return proposal
             for reason in reasons:
                 refused += 1
                 self.ledger.event(number, f"answer {refused} refused: {_cut(reason)}")
+            if proposal:
+                return proposal
             if refused > self.settings.max_refusals:
                 return self._give_up(number, f"{refused} answers did not apply")
         return self._give_up(number, f"no valid proposal within {self.settings.max_calls} calls")
@@ -106,14 +107,14 @@ class Researcher:
             return None, [reason]
         reasons = []
         for place, call in enumerate(answer.tool_calls):
-            if call["name"] == "propose":
+            if place >= MAX_CALLS_AT_ONCE:
+                talk.reply(call, {"error": f"at most {MAX_CALLS_AT_ONCE} tools at once"})
+            elif call["name"] == "propose":
                 try:
-                    return self._check(call["args"]), []
+                    return self._check(call["args"]), reasons
                 except (Refused, StudyError) as refusal:
                     reasons.append(str(refusal))
                     talk.reply(call, {"error": f"not accepted: {refusal}"})
-            elif place >= MAX_CALLS_AT_ONCE:
-                talk.reply(call, {"error": f"at most {MAX_CALLS_AT_ONCE} tools at once"})
             else:
                 talk.reply(call, tools.call(self.files, call["name"], call["args"]))
         for call in answer.invalid_tool_calls:
@@ -129,22 +130,21 @@ class Researcher:
     def _lessons(self, number: int) -> str:
         """The newest ones; written anew every `lessons_every` trials. Without an answer the old."""
         path, every = self.files.folder / LESSONS_FILE, self.settings.lessons_every
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        known = json.loads(lines[-1]) if lines else {"trial": 0, "text": ""}
+        known = {"trial": 0, "text": ""}
+        known |= (read_lines(path) or [{}])[-1]
         if not every or number - known["trial"] <= every:
             return known["text"]
         try:
             text = self._distil(number, known)
         except CallFailed:  # in the ledger; the proposal is asked for all the same
             return known["text"]
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"trial": number - 1, "text": text}) + "\n")
+        append_line(path, {"trial": number - 1, "text": text})
         return text
 
     def _distil(self, number: int, known: dict[str, Any]) -> str:
         from langchain_core.messages import HumanMessage, SystemMessage
 
-        asked = prompt.lessons_message(self.files.journal, known["text"], known["trial"])
+        asked = prompt.lessons_message(self.files.journal, known["text"], known["trial"] + 1)
         messages = [SystemMessage(prompt.LESSONS), HumanMessage(asked)]
         talk = Talk(self.files.folder, number, messages)
         answer = self.caller.ask(number, "lessons", messages, [])
@@ -157,7 +157,6 @@ class Talk:
 
     def __init__(self, folder: Path, number: int, messages: list):
         self.path = folder / CONVERSATIONS / f"{number:03d}.jsonl"
-        self.path.parent.mkdir(exist_ok=True)
         self.messages = messages
         for message in messages:
             self._write(message)
@@ -180,8 +179,7 @@ class Talk:
             line["calls"] = [{"name": call["name"], "arguments": call["args"]} for call in calls]
         if call is not None:
             line["call"] = call
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(self.path, line, sync=False)
 
 
 def schemas(look: bool) -> list[dict[str, Any]]:
