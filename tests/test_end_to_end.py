@@ -187,6 +187,7 @@ def test_a_study_may_begin_from_a_checkpoint_that_is_there(clone):
     other = clone.with_name("given")
     subprocess.run(["git", "clone", "-q", "-b", "study/g", str(clone), str(other)], check=True)
     run(other, "dvc", "cache", "dir", "--local", str(clone / ".dvc/cache"))
+    run(other, "dvc", "checkout")  # what is frozen, `dvc repro` does not even bring
     assert "Running stage" not in run(other, "dvc", "repro")
     assert (other / "champion/checkpoint/model.safetensors").read_bytes() == weights
     conf = other / "conf/optim/muon.yaml"

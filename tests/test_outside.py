@@ -283,6 +283,28 @@ def test_an_agent_that_says_nothing_loses_its_turn_to_the_others_once(project, c
 
 
 @pytest.mark.slow
+def test_two_agents_with_the_same_idea_at_once_cost_one_trial(project):
+    """Both are checked and submitted before either has run; the second is refused at its turn."""
+
+    def agent():
+        wait_for(lambda: len(journal_of(project)) == 1)
+        answers = [None, None]
+
+        def propose(who: int) -> None:
+            answers[who] = ask(project, "propose", **behave("slow"))
+
+        threads = [threading.Thread(target=propose, args=[who]) for who in (0, 1)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        done, refused = sorted(answers, key=lambda answer: answer["state"])
+        assert (done["state"], refused["state"]) == ("done", "refused")
+        assert "same configuration and code as trial 1" in refused["error"]
+        assert ask(project, "propose", **bonus(0.0, 0.5))["trial"] == 2
+
+    assert with_agent(project, 2, agent, *SMALL) == 0
+
+
+@pytest.mark.slow
 def test_garbage_in_the_inbox_is_refused_and_the_study_goes_on(project):
     inbox = Inbox(folder_of(project))
     inbox.folder.mkdir(parents=True)
