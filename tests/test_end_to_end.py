@@ -111,9 +111,11 @@ def test_a_promoted_champion_is_reproduced_by_dvc_and_loaded_by_mlflow(clone):
     place.parent.mkdir(parents=True)
     place.write_text(json.dumps(change))
     slow = ["optim.embedding_lr=0.02", "study.baseline_seeds=[1,2]", "study.false_keeps=100"]
-    small = ["model.depth=2", "budget.kind=tokens", "budget.amount=20000", *SMALL[2:]]
+    small = ["model.depth=1", "model.seq_len=64", "train.batch_tokens=256", *SMALL[2:]]
+    small += ["tokenizer.vocab_size=512", "budget.kind=tokens", "budget.amount=8000"]
+    small += ["evaluate.probes=8", "runtime.num_threads=1"]
     run(clone, "nightshift.cli", "study", "study.name=p", "study.trials=1", *slow, *small)
-    said = run(clone, "nightshift.cli", "promote", "p", "budget.amount=30000")
+    said = run(clone, "nightshift.cli", "promote", "p", "budget.amount=12000")
     assert "models:/nightshift@champion" in said
 
     line = json.loads((clone / "outputs/studies/p/promotions.jsonl").read_text())
