@@ -52,7 +52,7 @@ def ask(project: Path, tool: str, **arguments) -> dict:
     return json.loads(json.dumps(answer, allow_nan=False))
 
 
-def wait_for(condition, limit_s: float = 30.0) -> None:
+def wait_for(condition, limit_s: float = 120.0) -> None:
     deadline = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
@@ -101,7 +101,7 @@ SHORT = [
     ("status", {}),
     ("propose", bonus(0.0, 0.5, wait=False)),
     ("propose", {"title": "no hypothesis"}),
-    ("outcome", {"id": "p0001", "wait_s": 60}),
+    ("outcome", {"id": "p0001", "wait_s": 300}),
     ("propose", bonus(0.5, 0.9)),
 ]
 LONG = [
@@ -112,7 +112,7 @@ LONG = [
     ("propose", bonus(0.5, 0.5)),
     ("nothing", {}),
     ("propose", proposal(overrides={"optim.matrix_lr": 0.03}, wait=False)),
-    ("outcome", {"id": "p0003", "wait_s": 60}),
+    ("outcome", {"id": "p0003", "wait_s": 300}),
     ("list_trials", {"source": "outside"}),
     ("propose", bonus(0.5, 0.9)),
 ]
@@ -222,7 +222,7 @@ def test_an_agent_that_is_killed_in_mid_trial_loses_nothing(project):
         wait_for(lambda: list(folder_of(project).glob("trials/001/seed_1")))
         client.kill()
         client.wait()
-        answer = ask(project, "outcome", id="p0001", wait_s=30)
+        answer = ask(project, "outcome", id="p0001", wait_s=300)
         assert answer["state"] == "done" and answer["decision"] == "discard"
 
     assert with_agent(project, 1, agent) == 0
@@ -334,7 +334,7 @@ def test_stale_and_repeated_proposals(project):
     def agent():
         for after in (0.5, 0.6):
             ask(project, "propose", **bonus(0.0, after, wait=False))
-        stale = ask(project, "outcome", id="p0002", wait_s=30)
+        stale = ask(project, "outcome", id="p0002", wait_s=300)
         assert stale["state"] == "refused" and "occurs 0 times" in stale["error"]
         loser = bonus(0.5, 0.4)
         assert ask(project, "propose", **loser)["decision"] == "discard"
