@@ -274,12 +274,10 @@ def test_ctrl_c_works_while_the_study_waits(project):
 def test_an_agent_that_says_nothing_loses_its_turn_to_the_others_once(project, capsys):
     """The second and third trials do not wait for it again."""
     sources = ["study.sources={sampler: 0.01, recipes: 0, combine: 0, simplify: 0, outside: 99}"]
-    started = time.monotonic()
     assert main(overrides(3, *sources, "study.outside_wait_s=1"), project) == 0
     assert [t.proposal.source for t in journal_of(project).trials[1:]] == ["sampler"] * 3
     said = capsys.readouterr().out
     assert said.count("no proposal from outside in 1 s: the other sources go on") == 1
-    assert time.monotonic() - started < 60
 
 
 @pytest.mark.slow
