@@ -62,7 +62,7 @@ def test_trials_are_filtered_searched_and_sorted(study):
     assert numbers() == [3, 2, 1, 0]
     assert numbers(status="crash") == [2] and numbers(decision="keep") == [1, 0]
     assert numbers(text="MATRIX_LR") == [3] and numbers(source="baseline") == [0]
-    assert numbers(sort="gain", limit=2) == [1, 3] and numbers(sort="val_bpb")[:2] == [1, 3]
+    assert numbers(sort="gain", limit=2) == [1, 3] and numbers(sort="score")[:2] == [1, 3]
     assert "limit" in ask(study, "list_trials", limit=1000)["error"]
 
 
