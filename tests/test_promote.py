@@ -69,6 +69,7 @@ def ready(tmp_path_factory) -> Path:
     return study_of(folder, bonus(0.0, 0.5), values(optim__matrix_lr=0.03))
 
 
+@pytest.mark.slow
 def test_every_change_gets_its_verdict_and_the_branch_the_champion_at_scale(
     ready, tmp_path, capsys
 ):

@@ -293,7 +293,7 @@ def test_the_second_process_is_shown_nothing_that_follows_a_position_it_answers_
 
 def test_a_text_in_one_window_is_probed_too(texts, tokenizer):
     """A context longer than the text is no way around the probes."""
-    windows = cut(texts[:1], tokenizer, 100_000)
+    windows = cut(texts[:1], tokenizer, 4_000)
     assert len(windows.inputs) == 1
     cheat = Cheat(windows, 0.5)
     with pytest.raises(Invalid, match="sees the future"):
