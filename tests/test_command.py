@@ -110,7 +110,7 @@ def test_every_choice_of_every_group_is_valid():
 
 @pytest.mark.parametrize(
     "overrides, kind, amount",
-    [([], "tokens", 100_000), (["preset=d12"], "seconds", 300), (["budget=20s"], "seconds", 20)],
+    [([], "tokens", 75_000), (["preset=d12"], "seconds", 300), (["budget=20s"], "seconds", 20)],
 )
 def test_a_preset_and_a_budget_reach_a_study(overrides, kind, amount):
     budget = command.compose("study", overrides)["budget"]

@@ -77,7 +77,7 @@ def test_the_usual_holds_unless_a_person_says_otherwise():
     plan = read_plan(CONF, [CHAT_STUDY])
     assert set(plan.space) >= {"sft.lr_scale"} and {k.split(".")[0] for k in plan.space} == {"sft"}
     assert (plan.config.sft_budget.kind, plan.config.sft_budget.amount) == ("tokens", 75_000)
-    assert plan.config.budget.amount == 100_000
+    assert plan.config.budget.amount == 75_000
     other = read_plan(CONF, [CHAT_STUDY, "preset=none", "budget@sft_budget=20s"])
     assert (other.config.budget.amount, other.config.sft_budget.amount) == (60, 20)
     assert "optim.matrix_lr" in read_plan(CONF, []).space
