@@ -10,7 +10,7 @@ help:            ## this list
 
 setup: $(VENV)/installed   ## virtual environment with the locked versions
 
-study: setup     ## a small study on the embedded corpus: baseline and 6 trials, about 8 minutes on 2 cores
+study: setup     ## a small study on the embedded corpus: baseline and 6 trials, about 10 minutes on 2 cores
 	$(RUN)/nightshift study study.name=$(STUDY)
 
 test: setup      ## the tests: under 3 minutes on 2 cores, no GPU, no network
