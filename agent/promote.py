@@ -27,6 +27,7 @@ from agent import promotion_report, workspace
 from agent.arms import Job, Progress, bench, build_arms, marks_of, recall_runs, run_arms
 from agent.decide import Rule
 from agent.journal import Journal, Trial
+from agent.loop import EXIT_INTERRUPTED
 from agent.promotion import (
     FOLDER,
     ORDER_FILE,
@@ -50,7 +51,7 @@ from agent.trial import Bench, Interrupted
 from agent.warm import StartError
 from nightshift.fixed.config import ROOT, ConfigError, check, flatten, unflatten
 
-EXIT_INTERRUPTED, EXIT_NOT_PROMOTED = 130, 1
+EXIT_NOT_PROMOTED = 1
 
 USAGE = """usage: nightshift promote <study> [trial=N] [seeds=[1,2,3]] [key=value ...] [--dry-run]
 
