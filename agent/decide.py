@@ -28,6 +28,9 @@ Lan, Simon and Halperin 1982, Commun. Stat. C 1:207). Before tau is learned that
 every loser a second run, so one that lost LOSER sigmas of a seed ends at once: with independent
 seeds (tau of 1.4 sigmas) a change that gains nothing at all does so once in sixty.
 
+**The same weights.** A run that ends with the parent's weights and number is the parent's
+computation under another text. One pair settles that, and it says nothing of the noise.
+
 **Simplicity.** A trial that removes more lines than it adds is also kept if its loss is below
 `equal_within` sigmas of a seed with 95 % posterior probability. That is no claim of a gain.
 
@@ -193,7 +196,7 @@ def spent(trials: Sequence[Trial], false_keeps: float) -> float:
 def bar_for(trials: Sequence[Trial], kind: str, rule: Rule) -> Bar:
     """The bar for the next trial, of this kind of change, after these."""
     before = tested(trials)
-    scatters = [scatter_of(t.proposal.kind, t.differences) for t in before]
+    scatters = [scatter_of(t.proposal.kind, t.differences) for t in before if any(t.differences)]
     return set_bar(measure_noise(repeated(trials)).sigma, scatters, kind, len(before) + 1, rule)
 
 
@@ -218,6 +221,16 @@ def pair(parent_runs: dict[int, Run], runs: Sequence[Run]) -> list[float]:
     ]
 
 
+def is_same(parent_runs: dict[int, Run], runs: Sequence[Run]) -> bool:
+    """Did a run give the weights and the score that the parent has on its seed?"""
+    for run in runs:
+        parent = parent_runs.get(run.seed)
+        weights = run.weights_sha256
+        if parent and weights and weights == parent.weights_sha256 and run.score == parent.score:
+            return True
+    return False
+
+
 def next_seed(
     runs: Sequence[Run], seeds: Sequence[int], unusable: Collection[int] = ()
 ) -> int | None:
@@ -228,11 +241,17 @@ def next_seed(
     return next((seed for seed in seeds if seed not in done), None)
 
 
-def decide(differences: Sequence[float], bar: Bar, shorter: bool = False) -> Decision:
-    """Keep, discard or more, of a trial all of whose runs are ok. `shorter`: lines were removed."""
+def decide(
+    differences: Sequence[float], bar: Bar, shorter: bool = False, same: bool = False
+) -> Decision:
+    """Keep, discard or more, of a trial all of whose runs are ok. `shorter`: lines were removed.
+    `same`: a run gave the parent's weights."""
     n = len(differences)
     if n == 0:
         return Decision("more", "no pair of runs yet")
+    if same and not shorter:
+        reason = "the change computes what the incumbent computes: the same weights on the same seed"
+        return Decision("discard", reason, 0.0, 0.0, 0.0, 0.0)
     seen = weigh(differences, bar)
     gain, log_needed = sum(differences) / n, -math.log(bar.level)
     if n >= bar.rule.min_seeds and seen.log_e >= log_needed:

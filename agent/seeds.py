@@ -17,6 +17,7 @@ from agent.decide import (
     bar_for,
     decide,
     has_drifted,
+    is_same,
     measure_noise,
     next_seed,
     pair,
@@ -58,7 +59,7 @@ def wanted_seed(study: Study, trial: Trial, parent: Trial | None) -> int | None:
     runs = study.journal.runs_of(parent, trial)
     failed = [seed for seed, run in runs.items() if run.status != "ok"]
     seed = next_seed(trial.runs, seeds_for(study, trial), failed)
-    return seed if seed is not None and verdict(study, trial).kind == "more" else None
+    return seed if seed is not None and verdict(study, trial, runs).kind == "more" else None
 
 
 def seeds_for(study: Study, trial: Trial) -> list[int]:
@@ -74,9 +75,10 @@ def seeds_for(study: Study, trial: Trial) -> list[int]:
     return fresh[: settings.max_seeds]
 
 
-def verdict(study: Study, trial: Trial) -> Decision:
+def verdict(study: Study, trial: Trial, parent_runs: dict[int, Run]) -> Decision:
     shorter = trial.lines_removed > trial.lines_added
-    return decide(trial.differences, bar_of(study, trial), shorter)
+    same = is_same(parent_runs, trial.runs)
+    return decide(trial.differences, bar_of(study, trial), shorter, same)
 
 
 def bar_of(study: Study, trial: Trial) -> Bar:
@@ -167,7 +169,7 @@ def judge(study: Study, trial: Trial, parent: Trial | None) -> None:
         failed = trial.runs[-1]
         trial.reason = f"{failed.status} on seed {failed.seed}: {failed.message}"
     elif trial.status == "ok":
-        fill_in(trial, verdict(study, trial))
+        fill_in(trial, verdict(study, trial, study.journal.runs_of(parent, trial)))
 
 
 def fill_in(trial: Trial, decision: Decision) -> None:

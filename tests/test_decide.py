@@ -15,6 +15,7 @@ from agent.decide import (
     bar_for,
     decide,
     has_drifted,
+    is_same,
     level_of,
     measure_noise,
     next_seed,
@@ -121,6 +122,30 @@ def test_a_clear_loser_costs_one_run_before_the_noise_is_known():
     assert decide([-0.0194], NEW).kind == "discard"
     assert decide([-0.0194], NEW, shorter=True).kind == "discard"
     assert decide([-0.002], NEW).kind == "more"
+
+
+def test_the_weights_of_the_parent_settle_a_trial_in_one_run_unless_lines_went():
+    decision = decide([0.0], BAR, same=True)
+    assert decision.kind == "discard" and "the same weights" in decision.reason
+    assert decide([0.0], BAR, shorter=True, same=True).kind == "more"
+    assert decide([0.0] * 3, BAR, shorter=True, same=True).kind == "keep"
+
+
+@pytest.mark.parametrize(
+    "weights, score, same",
+    [("a", 1.5, True), ("b", 1.5, False), ("a", 1.4, False), (None, 1.5, False)],
+)
+def test_a_computation_is_the_same_when_weights_and_score_are(weights, score, same):
+    parent = {1: Run(seed=1, status="ok", val_bpb=1.5, weights_sha256="a" if weights else None)}
+    run = Run(seed=1, status="ok", val_bpb=score, weights_sha256=weights)
+    assert is_same(parent, [run]) is same
+    assert is_same({}, [run]) is False
+
+
+def test_a_trial_with_the_parents_weights_says_nothing_of_the_noise():
+    told = [trial(1.5, 1.6, 1.4)] + [trial(1.5, number=1, parent=0, differences=(0.0, 0.0, 0.0))]
+    noise = bar_for(told, "config", RULE)
+    assert noise.weights.max() == pytest.approx(noise.weights.min())
 
 
 def test_reason_of_a_shorter_keep_names_it():
