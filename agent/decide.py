@@ -147,6 +147,12 @@ def scatter_of(kind: str, numbers: Sequence[float]) -> Scatter:
     return Scatter(kind, sum((x - mean) ** 2 for x in numbers), max(0, len(numbers) - 1))
 
 
+def scatters_of(trials: Sequence[Trial]) -> list[Scatter]:
+    """Of every trial with a pair, but for those that gave the parent's own weights."""
+    judged = [t for t in tested(trials) if any(t.differences)]
+    return [scatter_of(t.proposal.kind, t.differences) for t in judged]
+
+
 def learn_taus(sigma: float, scatters: Iterable[Scatter], kind: str) -> tuple:
     """The grid of tau and its weights for a change of this kind: (G,), (G,)."""
     taus = sigma * RATIOS
@@ -195,9 +201,8 @@ def spent(trials: Sequence[Trial], false_keeps: float) -> float:
 
 def bar_for(trials: Sequence[Trial], kind: str, rule: Rule) -> Bar:
     """The bar for the next trial, of this kind of change, after these."""
-    before = tested(trials)
-    scatters = [scatter_of(t.proposal.kind, t.differences) for t in before if any(t.differences)]
-    return set_bar(measure_noise(repeated(trials)).sigma, scatters, kind, len(before) + 1, rule)
+    sigma, rank = measure_noise(repeated(trials)).sigma, len(tested(trials)) + 1
+    return set_bar(sigma, scatters_of(trials), kind, rank, rule)
 
 
 def set_bar(

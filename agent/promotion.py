@@ -26,9 +26,8 @@ from agent.decide import (
     measure_noise,
     pair,
     repeated,
-    scatter_of,
+    scatters_of,
     set_bar,
-    tested,
     weigh,
 )
 from agent.journal import Journal, Run, Trial
@@ -226,7 +225,7 @@ def _bar(
 ) -> Bar:
     """What the study's trials taught about the noise of a pair, in sigmas of this scale."""
     stretch = (sigma / study_sigma) ** 2 if sigma and study_sigma else 1.0
-    scatters = [scatter_of(t.proposal.kind, t.differences) for t in tested(journal.trials)]
+    scatters = scatters_of(journal.trials)
     scaled = [s._replace(sum_squares=s.sum_squares * stretch) for s in scatters]
     return set_bar(sigma, scaled, kind, 1, rule)
 
