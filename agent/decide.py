@@ -255,7 +255,7 @@ def decide(
     if n == 0:
         return Decision("more", "no pair of runs yet")
     if same and not shorter:
-        reason = "the change computes what the incumbent computes: the same weights on the same seed"
+        reason = "it computes what the incumbent computes: the same weights on the same seed"
         return Decision("discard", reason, 0.0, 0.0, 0.0, 0.0)
     seen = weigh(differences, bar)
     gain, log_needed = sum(differences) / n, -math.log(bar.level)
