@@ -251,9 +251,15 @@ def _draw_failed(axes, trials: list[Trial]) -> None:
         )
 
 
+def _counts(journal: Journal) -> str:
+    """The baseline is no trial of anything."""
+    trials = [trial for trial in journal.trials if trial.parent is not None]
+    kept = sum(trial.decision == "keep" for trial in trials)
+    return f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'}, {kept} kept"
+
+
 def _headline(journal: Journal, name: str) -> str:
-    kept = journal.lineage
-    counts = f"{len(journal)} trials, {len(kept)} kept"
+    kept, counts = journal.lineage, _counts(journal)
     if not kept:
         return f"{name}: {counts}"
     return f"{name}: {kept[0].score:.4f} -> {kept[-1].score:.4f} bits per byte, {counts}"
@@ -353,8 +359,7 @@ def summary(
 
 
 def _opening(journal: Journal, sigma: float | None) -> str:
-    kept = journal.lineage
-    counts = f"{len(journal)} trials, {len(kept)} kept."
+    kept, counts = journal.lineage, f"{_counts(journal)}."
     noise = "" if sigma is None else f" Noise of one seed: sigma {sigma:.4f}."
     if not kept:
         return counts + noise
