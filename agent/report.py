@@ -12,7 +12,7 @@ from typing import Any
 from agent import promotion_report, replays
 from agent.costs import in_words, of_trials
 from agent.decide import measure_noise, spent
-from agent.journal import Journal, Trial
+from agent.journal import Journal, Trial, counted
 from agent.proposers import mixed
 from agent.target import TARGETS, VAL, Target
 from agent.tracking import Mirror, number, read_identity, read_settings
@@ -251,15 +251,8 @@ def _draw_failed(axes, trials: list[Trial]) -> None:
         )
 
 
-def _counts(journal: Journal) -> str:
-    """The baseline is no trial of anything."""
-    trials = [trial for trial in journal.trials if trial.parent is not None]
-    kept = sum(trial.decision == "keep" for trial in trials)
-    return f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'}, {kept} kept"
-
-
 def _headline(journal: Journal, name: str) -> str:
-    kept, counts = journal.lineage, _counts(journal)
+    kept, counts = journal.lineage, "{} trials, {} kept".format(*counted(journal.trials))
     if not kept:
         return f"{name}: {counts}"
     return f"{name}: {kept[0].score:.4f} -> {kept[-1].score:.4f} bits per byte, {counts}"
@@ -359,7 +352,7 @@ def summary(
 
 
 def _opening(journal: Journal, sigma: float | None) -> str:
-    kept, counts = journal.lineage, f"{_counts(journal)}."
+    kept, counts = journal.lineage, "{} trials, {} kept.".format(*counted(journal.trials))
     noise = "" if sigma is None else f" Noise of one seed: sigma {sigma:.4f}."
     if not kept:
         return counts + noise
