@@ -189,7 +189,7 @@ def _draw_incumbent(axes, kept: list[Trial], num_trials: int, sigma: float | Non
     axes.plot(x[:-1], y[:-1], "o", color=KEPT, markersize=7, label="kept")
     for trial in kept:
         axes.annotate(
-            _short(trial.proposal.title),
+            _short(trial.proposal.heading),
             (trial.number, trial.score),
             rotation=28,
             xytext=(5, 6),
@@ -288,7 +288,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "commit": (trial.commit or "")[:7],
         "memory_gb": first.peak_memory_gb if first else None,
         "status": trial.decision if trial.status == "ok" else "crash",
-        "description": trial.proposal.title,
+        "description": trial.proposal.heading,
         "trial": trial.number,
         "decision": trial.decision,
         "run_status": trial.status,
@@ -415,7 +415,7 @@ def _table(trials: list[Trial], columns: tuple[str, ...]) -> str:
             "estimate": _interval(trial),
             "seeds": str(len(trial.runs)),
             "decision": trial.decision,
-            "what": trial.proposal.title,
+            "what": trial.proposal.heading,
             "hypothesis": trial.proposal.hypothesis,
             "reason": trial.reason,
         }
