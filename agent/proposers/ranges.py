@@ -1,4 +1,4 @@
-"""Bounds of one key of conf/space: its scale, its distribution in Optuna, how values are rounded."""
+"""Bounds of one key of conf/space: scale, distribution in Optuna, how values are rounded."""
 
 import math
 import warnings
