@@ -445,7 +445,7 @@ def _events(trials: list[Trial]) -> str:
     lines = [
         f"- {number(trial)} ({trial.proposal.source}) {_markdown('; '.join(trial.proposal.events))}"
         for trial in reversed(trials)
-        if trial.proposal.events
+        if trial.proposal.events and trial.proposal.model
     ]
     more = [f"- and {len(lines) - MAX_EVENTS} more trials: the journal has them"]
     return "\n".join(lines[:MAX_EVENTS] + (more if len(lines) > MAX_EVENTS else []))

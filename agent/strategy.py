@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 from agent.decide import Z_INTERVAL
 from agent.journal import Trial
-from agent.proposers import Context, Stem, edited, is_valid
+from agent.proposers import Context, Stem, edited, is_valid, shares_edit
 from agent.proposers.simplify import values_before, without
 from nightshift.fixed.config import flatten
 
@@ -113,12 +113,11 @@ def fits(trial: Trial, context: Context) -> bool:
 
 
 def _is_in(trial: Trial, context: Context) -> bool:
-    """Is the change, or a part of it, in the incumbent by now? A text that is inserted beside what
-    was searched for would fit once more."""
-    later = [t.proposal for t in context.journal.lineage if t.number > trial.number]
-    if any(edit in proposal.edits for proposal in later for edit in trial.proposal.edits):
-        return True
+    """Is the change, or a part of its code, in the incumbent by now?"""
     values, change = flatten(context.values), trial.proposal
+    later = [t.proposal for t in context.journal.lineage if t.number > trial.number]
+    if any(shares_edit(change, proposal) for proposal in later):
+        return True
     return not change.edits and all(values[key] == v for key, v in change.overrides.items())
 
 

@@ -354,6 +354,7 @@ def trial_note(trial: Trial) -> str:
         f"{verdict}, {result}{gain}: {trial.proposal.heading}.",
         f"**Hypothesis.** {trial.proposal.hypothesis}",
         f"**Decision.** {trial.reason}",
+        "\n".join(f"- {event}" for event in trial.proposal.events),
         "\n".join(changes),
     ]
     return "\n\n".join(filter(None, paragraphs))

@@ -104,6 +104,11 @@ def misfit(proposal: Proposal, read: Callable[[str], str | None]) -> str | None:
     return edited(proposal.edits, read)[1]
 
 
+def shares_edit(a: Proposal, b: Proposal) -> bool:
+    """Is an edit in both? Made twice, one that inserts beside what it searches would fit again."""
+    return any(edit in b.edits for edit in a.edits)
+
+
 def is_valid(flat: dict[str, Any]) -> bool:
     """Do these flat values make a configuration?"""
     try:
