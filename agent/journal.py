@@ -7,6 +7,7 @@ MLflow, the report) follows the journal and can be made again from it.
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,12 @@ class Journal:
     def lineage(self) -> list[Trial]:
         """Kept trials from the baseline to the incumbent."""
         return [t for t in self.trials if t.decision == "keep"]
+
+
+def counted(trials: Iterable[Trial]) -> tuple[int, int]:
+    """How many trials and how many of them kept; the baseline is no trial of anything."""
+    mine = [trial for trial in trials if trial.parent is not None]
+    return len(mine), sum(trial.decision == "keep" for trial in mine)
 
 
 def proposal_from_json(values: dict[str, Any]) -> Proposal:

@@ -12,7 +12,7 @@ from typing import Any
 from agent import promotion_report, replays
 from agent.costs import in_words, of_trials
 from agent.decide import measure_noise, spent
-from agent.journal import Journal, Trial
+from agent.journal import Journal, Trial, counted
 from agent.proposers import mixed
 from agent.target import TARGETS, VAL, Target
 from agent.tracking import Mirror, number, read_identity, read_settings
@@ -252,8 +252,7 @@ def _draw_failed(axes, trials: list[Trial]) -> None:
 
 
 def _headline(journal: Journal, name: str) -> str:
-    kept = journal.lineage
-    counts = f"{len(journal)} trials, {len(kept)} kept"
+    kept, counts = journal.lineage, "{} trials, {} kept".format(*counted(journal.trials))
     if not kept:
         return f"{name}: {counts}"
     return f"{name}: {kept[0].score:.4f} -> {kept[-1].score:.4f} bits per byte, {counts}"
@@ -353,8 +352,7 @@ def summary(
 
 
 def _opening(journal: Journal, sigma: float | None) -> str:
-    kept = journal.lineage
-    counts = f"{len(journal)} trials, {len(kept)} kept."
+    kept, counts = journal.lineage, "{} trials, {} kept.".format(*counted(journal.trials))
     noise = "" if sigma is None else f" Noise of one seed: sigma {sigma:.4f}."
     if not kept:
         return counts + noise

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from agent.journal import Journal, Run, Trial
+from agent.journal import Journal, Run, Trial, counted
 from agent.traces import write_traces
 from nightshift.fixed.config import digest, flatten
 from nightshift.fixed.result import (
@@ -288,10 +288,9 @@ class Mirror:
         if self.run.run_id is None or not self.trials:
             return
         trials = [trial for _, trial in sorted(self.trials.items())]
-        kept = [trial for trial in trials if trial.decision == "keep"]
+        (count, kept), last = counted(trials), trials[-1].number
         sigma = read_settings(self.folder).get("sigma")
-        last = trials[-1].number
-        self.run.metrics({"trials": len(trials), "kept": len(kept), "sigma": sigma}, step=last)
+        self.run.metrics({"trials": count, "kept": kept, "sigma": sigma}, step=last)
         self.run.describe(study_note(self.name, trials, sigma))
 
 
@@ -362,7 +361,7 @@ def trial_note(trial: Trial) -> str:
 
 def study_note(name: str, trials: list[Trial], sigma: float | None) -> str:
     kept = [trial for trial in trials if trial.decision == "keep"]
-    counts = f"{len(trials)} trials, {len(kept)} kept"
+    counts = "{} trials, {} kept".format(*counted(trials))
     lines = [f"Study {name}: {counts}."]
     if kept:
         lines = [f"{kept[0].score:.4f} -> {kept[-1].score:.4f} bits per byte, {counts}."]

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agent.costs import in_words, of_trials
-from agent.journal import Journal, Trial
+from agent.journal import Journal, Trial, counted
 from agent.target import VAL, Target
 from nightshift.fixed.config import flatten
 
@@ -122,7 +122,7 @@ def summary(
     kept = [trial for trial in journal.lineage if trial.number]
     numbers = f"{best.score:.4f} (baseline {baseline.score:.4f})"
     lines = ["---", f"{target.name + ':':12} {numbers}"]
-    lines.append(f"{'trials:':12} {len(journal) - 1}, {len(kept)} kept")
+    lines.append("{:12} {}, {} kept".format("trials:", *counted(journal.trials)))
     what = [
         f"{key} {before} -> {after}"
         for key, before, after in changes(_values(folder, baseline), _values(folder, best))
