@@ -66,8 +66,11 @@ def test_greedy_always_proposes_on_the_incumbent(tmp_path):
 
 
 def test_the_tree_returns_to_a_near_miss_more_often_than_to_a_loser(tmp_path):
-    near, fair, bad = (a_trial(n, change(f"{name} = 1", f"{name} = 2"), estimate)
-                       for n, name, estimate in ((1, "A", 0.003), (2, "B", 0.001), (3, "C", -0.01)))  # fmt: skip
+    estimates = ((1, "A", 0.003), (2, "B", 0.001), (3, "C", -0.01))
+    near, fair, bad = (
+        a_trial(number, change(f"{name} = 1", f"{name} = 2"), estimate)
+        for number, name, estimate in estimates
+    )
     seen = stems(at(tmp_path, [near, fair, bad]))
     counts = {place: seen.count(place) for place in ((), (1,), (2,), (3,))}
     assert counts[(1,)] > 3 * counts[(2,)] > 0 == counts[(3,)]
@@ -265,7 +268,8 @@ def test_beside_a_loss_only_recipes_that_need_it_are_tried(tmp_path):
     folder.mkdir()
     for name, search in (("anywhere", "B = 1"), ("before", "A = 1")):
         (folder / f"{name}.yaml").write_text(
-            f"title: {name}\nhypothesis: h\nedits: [{{path: {MODEL}, search: {search}, replace: x}}]"
+            f"title: {name}\nhypothesis: h\n"
+            f"edits: [{{path: {MODEL}, search: {search}, replace: x}}]"
         )
     trials = [a_trial(1, change("A = 1", "A = 2"), 0.01, "keep"), *losers(2, 4)]
     now = plateau(tmp_path, trials, text=TEXT.replace("A = 1", "A = 2"))
