@@ -34,7 +34,9 @@ from agent.proposers import Context, Stem, edited, is_valid, shares_edit
 from agent.proposers.simplify import values_before, without
 from nightshift.fixed.config import flatten
 
-STEM_SOURCES = ("sampler", "cmaes", "recipes")  # can propose on a stem; others on the incumbent
+# Those that can propose on a stem; others do on the incumbent. CMA-ES sets all values, so of a stem
+# of values nothing would be left.
+STEM_SOURCES = ("sampler", "recipes")
 STRUCTURAL_SOURCES = ("recipes", "llm", "combine")  # propose code
 MAX_CHANGES = 3  # of a stem with the proposal on it
 DRAFTS = 1 / 3
