@@ -58,7 +58,7 @@ def _misses(trials: list[Trial]) -> list[str]:
 
 
 def _row(trial: Trial) -> str:
-    return f"- {trial.number} {_cut(trial.proposal.title, TITLE)} ({outcome(trial)})"
+    return f"- {trial.number} {_cut(trial.proposal.heading, TITLE)} ({outcome(trial)})"
 
 
 def _failures(trials: list[Trial]) -> list[str]:
@@ -95,7 +95,7 @@ def _unit(name: str, found: list[Trial]) -> str:
 def _whole(trial: Trial) -> str:
     proposal = trial.proposal
     lines = [
-        f"- {trial.number} {_cut(proposal.title, TITLE)} [{proposal.source}]: {outcome(trial)}",
+        f"- {trial.number} {_cut(proposal.heading, TITLE)} [{proposal.source}]: {outcome(trial)}",
         f"  why: {_cut(proposal.hypothesis, HYPOTHESIS)}",
         f"  result: {_cut(trial.reason, REASON)}",
     ]

@@ -189,7 +189,7 @@ def _draw_incumbent(axes, kept: list[Trial], num_trials: int, sigma: float | Non
     axes.plot(x[:-1], y[:-1], "o", color=KEPT, markersize=7, label="kept")
     for trial in kept:
         axes.annotate(
-            _short(trial.proposal.title),
+            _short(trial.proposal.heading),
             (trial.number, trial.score),
             rotation=28,
             xytext=(5, 6),
@@ -287,7 +287,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "commit": (trial.commit or "")[:7],
         "memory_gb": first.peak_memory_gb if first else None,
         "status": trial.decision if trial.status == "ok" else "crash",
-        "description": trial.proposal.title,
+        "description": trial.proposal.heading,
         "trial": trial.number,
         "decision": trial.decision,
         "run_status": trial.status,
@@ -413,7 +413,7 @@ def _table(trials: list[Trial], columns: tuple[str, ...]) -> str:
             "estimate": _interval(trial),
             "seeds": str(len(trial.runs)),
             "decision": trial.decision,
-            "what": trial.proposal.title,
+            "what": trial.proposal.heading,
             "hypothesis": trial.proposal.hypothesis,
             "reason": trial.reason,
         }
@@ -443,7 +443,7 @@ def _events(trials: list[Trial]) -> str:
     lines = [
         f"- {number(trial)} ({trial.proposal.source}) {_markdown('; '.join(trial.proposal.events))}"
         for trial in reversed(trials)
-        if trial.proposal.events
+        if trial.proposal.events and trial.proposal.model
     ]
     more = [f"- and {len(lines) - MAX_EVENTS} more trials: the journal has them"]
     return "\n".join(lines[:MAX_EVENTS] + (more if len(lines) > MAX_EVENTS else []))

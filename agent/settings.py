@@ -32,7 +32,15 @@ HARNESS_KEYS = (
     "tracking",
 )  # not what is learned
 # When a study is started again:
-MAY_CHANGE = ("trials", "warm", "keep_checkpoints", "llm", "outside_wait_s")
+MAY_CHANGE = (
+    "trials",
+    "warm",
+    "keep_checkpoints",
+    "llm",
+    "outside_wait_s",
+    "strategy",  # says what is tried next, and nothing of what was tried
+    "plateau_after",
+)
 
 
 class StudyError(RuntimeError):
@@ -109,6 +117,8 @@ class StudySettings(Group):
     false_keeps: float = Field(gt=0, le=100)
     equal_within: float = Field(ge=0, le=2)
     drift_every: int = Field(ge=0)
+    strategy: Literal["greedy", "tree", "islands"] = "greedy"
+    plateau_after: int | None = Field(default=15, ge=1)
     sources: dict[str, float]
     outside_wait_s: float = Field(default=300.0, ge=0)
     llm: LlmSettings

@@ -215,6 +215,8 @@ class Mirror:
             "decision": trial.decision,
             "reason": trial.reason,
             "title": proposal.title,
+            "builds_on": _numbers(proposal.builds_on),
+            "undoes": _numbers(proposal.undoes),
             "hypothesis": proposal.hypothesis,
             "source": proposal.source,
             "change": proposal.kind,
@@ -296,10 +298,14 @@ def number(trial: Trial) -> str:
     return f"{trial.number:03d}"
 
 
+def _numbers(trials: list[int]) -> str | None:
+    return " ".join(f"{n:03d}" for n in trials) or None
+
+
 def run_name(trial: Trial) -> str:
     """Number and verdict first: MLflow's table cuts the name of a child after 12 characters."""
     sign = SIGNS[trial.decision] if trial.status == "ok" else "x"
-    return f"{number(trial)} {sign} {trial.proposal.title}"
+    return f"{number(trial)} {sign} {trial.proposal.heading}"
 
 
 def journal_digest(trial: Trial) -> str:
@@ -344,9 +350,10 @@ def trial_note(trial: Trial) -> str:
         f"- edit of `{path}`" for path in dict.fromkeys(e.path for e in trial.proposal.edits)
     ]
     paragraphs = [
-        f"{verdict}, {result}{gain}: {trial.proposal.title}.",
+        f"{verdict}, {result}{gain}: {trial.proposal.heading}.",
         f"**Hypothesis.** {trial.proposal.hypothesis}",
         f"**Decision.** {trial.reason}",
+        "\n".join(f"- {event}" for event in trial.proposal.events),
         "\n".join(changes),
     ]
     return "\n\n".join(filter(None, paragraphs))
@@ -364,7 +371,7 @@ def study_note(name: str, trials: list[Trial], sigma: float | None) -> str:
     lines += ["", f"| trial | {name} | gain | what |", "|---|---|---|---|"]
     for t in kept:
         gain = "" if t.gain is None else f"{t.gain:+.4f}"
-        lines.append(f"| {number(t)} | {t.score:.4f} | {gain} | {t.proposal.title} |")
+        lines.append(f"| {number(t)} | {t.score:.4f} | {gain} | {t.proposal.heading} |")
     return "\n".join(lines)
 
 

@@ -106,7 +106,7 @@ def _cells(trial: Trial) -> list[str]:
         "-" if trial.score is None else f"{trial.score:.4f}",
         "-" if trial.gain is None else f"{trial.gain:+.4f}",
         trial.decision,
-        trial.proposal.title + (f" ({message})" if message else ""),
+        trial.proposal.heading + (f" ({message})" if message else ""),
     ]
 
 
@@ -127,7 +127,7 @@ def summary(
         f"{key} {before} -> {after}"
         for key, before, after in changes(_values(folder, baseline), _values(folder, best))
     ]
-    what += [f"code: {t.proposal.title} (trial {t.number})" for t in kept if t.proposal.edits]
+    what += [f"code: {t.proposal.heading} (trial {t.number})" for t in kept if t.proposal.edits]
     what = what or ["the baseline's configuration: nothing was better"]
     lines += [f"{'best:' if not i else '':12} {change}" for i, change in enumerate(what)]
     if usage := of_trials(journal.trials):
