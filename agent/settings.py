@@ -32,7 +32,7 @@ HARNESS_KEYS = (
     "tracking",
 )  # not what is learned
 # When a study is started again:
-MAY_CHANGE = ("trials", "warm", "keep_checkpoints", "llm", "outside_wait_s")
+MAY_CHANGE = ("trials", "warm", "keep_checkpoints", "llm", "outside_wait_s", "early_stop")
 
 
 class StudyError(RuntimeError):
@@ -109,6 +109,7 @@ class StudySettings(Group):
     false_keeps: float = Field(gt=0, le=100)
     equal_within: float = Field(ge=0, le=2)
     drift_every: int = Field(ge=0)
+    early_stop: float = Field(default=0.05, ge=0, lt=1)
     sources: dict[str, float]
     outside_wait_s: float = Field(default=300.0, ge=0)
     llm: LlmSettings

@@ -150,6 +150,9 @@ def _results(context: Context) -> list[tuple[dict[str, Any], float]]:
         first_seed = trial.proposal.repeats is None  # a repeat starts with another
         if trial.status == "ok" and trial.proposal.kind != "code" and first_seed:
             results.append((values[-1], trial.runs[0].score))
+        elif trial.status == "stopped" and trial.proposal.kind != "code" and first_seed:
+            parent = context.journal.trials[trial.parent]  # a loser, by about so much
+            results.append((values[-1], parent.score + trial.behind))
     return results
 
 
