@@ -9,18 +9,19 @@ is no measure, for an edit may add a term to it.
 **Hopeless** is a trial that decide.py would discard after this one run. So a stop changes no
 decision unless the trial would have recovered.
 
-**Limit.** The largest share at any check of any earlier trial that was not hopeless. If the next
-trial with hope is one more of their kind, the chance that it falls further behind than all N of
-them is 1/(N + 1): each of N + 1 exchangeable numbers is the largest with the same chance (conformal
-prediction; Vovk, Gammerman and Shafer 2005). That is the false-stop rate: the share of trials with
-hope that are stopped. Until 1/(N + 1) is at most study.early_stop nothing is stopped. Trials with
-no difference at any check (the same weights; a schedule that differs only at the end) are left out:
-they would lower the stated rate and can never be stopped.
+**Limit.** The furthest that any earlier trial that was not hopeless ever was behind, at any check.
+If the next trial with hope is one more of their kind, the chance that it falls further behind than
+all N of them is 1/(N + 1): each of N + 1 exchangeable numbers is the largest with the same chance
+(conformal prediction; Vovk, Gammerman and Shafer 2005). That is the stated false-stop rate: the
+share of trials with hope that are stopped. Until it is at most study.early_stop nothing is stopped.
+Who had hope is asked anew for each trial, for the bar of decide.py moves. Trials with no difference
+at any check (the same weights; a schedule that differs only at the end) are left out: they can
+never be stopped, and would make the rate look better.
 
 **Check.** What is stopped is not in the history, so the rate would never be seen again. Of the
-trials of one incumbent that pass the limit the first and then every EVERYth run on to the end. One
-of them with hope raises the limit for good. That also bounds what a kept trial can do whose curve
-looks better than it is: the first child that is no loser ends it.
+trials that pass the limit the first and then every EVERYth run on to the end. One of them with hope
+raises the limit for good. That also bounds what a kept trial can do whose curve looks better than
+it is: after at most EVERY - 1 of its children one runs on and ends it.
 
 Covered: the curve is the candidate's word, read while it runs: no link, pipe or growing file of
 more than MAX_BYTES is followed, only finite numbers with rising progress count. Not covered: a
@@ -57,7 +58,7 @@ class Past(NamedTuple):
 
 class Limit(NamedTuple):
     behind: float  # share
-    trials: int  # N, none of which was further behind
+    trials: int  # N, with hope, none of which was further behind
 
     @property
     def rate(self) -> float:
@@ -133,8 +134,14 @@ def _number(value: Any) -> float | None:
 # ---- a study's history ----
 
 
-def past_of(folder: Path, run: Run, parent: Run | None, checks: int) -> Past | None:
-    """`folder`: the study's. None where there are no two whole curves."""
+def past_of(folder: Path, journal: Journal, trial: Trial, checks: int) -> Past | None:
+    """Its first run against the parent's of that time. `folder`: the study's. None where there are
+    no two whole curves."""
+    if trial.parent is None or not trial.runs:
+        return None
+    run = trial.runs[0]
+    parents = journal.before(trial).runs_of(journal.trials[trial.parent], trial)
+    parent = parents.get(run.seed)
     if parent is None or {run.status, parent.status} != {"ok"}:
         return None
     seen = compared(curve_of(folder, run), curve_of(folder, parent))[:checks]
@@ -149,20 +156,14 @@ def curve_of(folder: Path, run: Run) -> Points:
 
 
 def history_of(folder: Path, journal: Journal, checks: int) -> list[Past]:
-    """Of each trial its first run, against the parent's as it was when the trial was judged."""
-    found = []
-    for trial in journal.trials:
-        if trial.parent is not None and trial.runs:
-            run = trial.runs[0]
-            parents = journal.before(trial).runs_of(journal.trials[trial.parent], trial)
-            found.append(past_of(folder, run, parents.get(run.seed), checks))
+    """Of each trial that ran to its end."""
+    found = (past_of(folder, journal, trial, checks) for trial in journal.trials)
     return [past for past in found if past]
 
 
-def runs_on(trials: Sequence[Trial], parent: int) -> bool:
-    """Is the next trial of this incumbent that passes the limit one that is checked?"""
-    passed = sum(trial.behind is not None and trial.parent == parent for trial in trials)
-    return passed % EVERY == 0
+def runs_on(num_passed: int) -> bool:
+    """Is the next trial that passes the limit, after so many, one that is checked?"""
+    return num_passed % EVERY == 0
 
 
 def ran_on(trial: Trial) -> str:
@@ -224,7 +225,7 @@ class Watch:
     def why(self) -> str:
         return (
             f"{self.passed}; none of {self.known.trials} earlier trials that were worth another "
-            f"seed fell behind by more than {self.known.behind:.2f} (false stops: "
+            f"seed was more than {self.known.behind:.2f} times behind (false stops: "
             f"{self.known.rate:.1%} of such trials)"
         )
 

@@ -81,8 +81,8 @@ def watch_for(
     if known is None:
         return None
     parents = early.curve_of(study.folder, study.journal.runs_of(parent, trial)[seed])
-    is_check = early.runs_on(study.journal.trials, parent.number)
-    return early.Watch(parents, known, checks, is_check)
+    num_passed = sum(t.behind is not None for t in study.journal.trials)
+    return early.Watch(parents, known, checks, early.runs_on(num_passed))
 
 
 def seeds_for(study: Study, trial: Trial) -> list[int]:
