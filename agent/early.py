@@ -217,15 +217,16 @@ class Watch:
 
     def _keep(self, path: Path) -> None:
         """What the run showed until then, rebuilt from its numbers as a whole run's curve is."""
-        points = [p for p in self.tail.points if isinstance(p, dict) and "step" in p]
-        kept = [{k: v for k in CURVE_KEYS if (v := _number(p.get(k))) is not None} for p in points]
-        path.write_text("".join(json.dumps(p) + "\n" for p in kept if p), encoding="utf-8")
+        points = [p for p in self.tail.points if isinstance(p, dict)]
+        kept = [{k: p[k] for k in CURVE_KEYS if _number(p.get(k)) is not None} for p in points]
+        lines = [json.dumps(point) + "\n" for point in kept if "step" in point]
+        path.write_text("".join(lines), encoding="utf-8")
 
     @property
     def why(self) -> str:
         return (
             f"{self.passed}; none of {self.known.trials} earlier trials that were worth another "
-            f"seed was more than {self.known.behind:.2f} times behind (false stops: "
+            f"seed fell behind by more than {self.known.behind:.2f} times (false stops: "
             f"{self.known.rate:.1%} of such trials)"
         )
 

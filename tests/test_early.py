@@ -6,14 +6,22 @@ import os
 import random
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from standin import edit, journal_of, make_project, overrides, script
 
-from agent import early
+from agent import compare, decide, early, tracking
+from agent.answer import must_be_repairable
+from agent.digest import digest
 from agent.early import MAX_BYTES, Limit, Past, Tail, Watch, compared, dev_points, limit_of
+from agent.journal import Journal, Proposal, Run, Trial
 from agent.loop import main
+from agent.prompt import failed_idea
+from agent.proposers import sampler
+from agent.proposers.combine import is_near_miss
 from agent.warm import marked_processes
+from agent.workspace import Refused
 
 PARENT = [(0.25, 2.6), (0.5, 2.3), (0.75, 2.1), (1.0, 2.0)]
 KNOWN = Limit(0.4, trials=19)
@@ -55,11 +63,11 @@ def test_trials_that_never_differed_do_not_count():
 def test_a_hopeless_trial_is_stopped_and_a_late_bloomer_that_the_history_shows_is_not():
     rng = random.Random(2)
     plain = [noise(rng) for _ in range(30)]
-    bloomer = Past((0.6, 0.4, 0.02), 0.01)
+    bloomer = Past((0.3, 0.2, 0.02), 0.01)
     assert is_stopped(noise(rng, 0.5), limit_of(plain, hopeless, 0.05))
     assert is_stopped(bloomer, limit_of(plain, hopeless, 0.05))
     assert not is_stopped(bloomer, limit_of([*plain, bloomer], hopeless, 0.05))
-    assert not is_stopped(Past((0.9, 0.3, 0.02), 0), limit_of([*plain, bloomer], hopeless, 0.05))
+    assert not is_stopped(Past((0.29, 0.3, 0.02), 0), limit_of([*plain, bloomer], hopeless, 0.05))
 
 
 def test_the_stated_rate_is_the_rate():
@@ -84,6 +92,68 @@ def test_progress_is_compared_and_not_the_number_of_the_point():
 
 def test_the_first_and_then_every_fifth_that_passes_runs_on():
     assert [n for n in range(12) if early.runs_on(n)] == [0, 5, 10]
+
+
+# ---- what a stopped trial is to others ----
+
+
+def stopped(number: int, **values) -> Trial:
+    proposal = Proposal(title="too large", hypothesis="It will.", source="llm", **values)
+    run = Run(seed=1, status="stopped", message="at 50% ...")
+    return Trial(
+        number=number,
+        proposal=proposal,
+        parent=0,
+        status="stopped",
+        decision="discard",
+        reason="stopped early: at 50% ...",
+        behind=0.3,
+        runs=[run],
+    )
+
+
+def baseline() -> Trial:
+    runs = [Run(seed=1, status="ok", val_bpb=2.0)]
+    proposal = Proposal(title="baseline", hypothesis="", source="baseline")
+    values = dict(status="ok", decision="keep", reason="", val_bpb=2.0, runs=runs)
+    return Trial(number=0, proposal=proposal, parent=None, **values)
+
+
+def test_a_stopped_trial_is_a_loser_and_no_failure_to_be_repaired(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.trials = [baseline(), stopped(1)]
+    assert decide.tested(journal.trials) == [], "it spends nothing of the error budget"
+    assert failed_idea(journal) is None and not is_near_miss(journal.trials[1])
+    with pytest.raises(Refused, match="that trial ran"):
+        again = Proposal(title="t", hypothesis="h", source="llm", repairs=1)
+        must_be_repairable(journal, again)
+    text = digest(journal)
+    assert "1 stopped" in text and "Failures" not in text
+    assert tracking.run_name(journal.trials[1]) == "001 - too large"
+
+
+def test_the_sampler_learns_where_it_was_bad(tmp_path):
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.trials = [baseline(), stopped(1, overrides={"optim.matrix_lr": 0.4})]
+    context = SimpleNamespace(journal=journal, baseline={"optim": {"matrix_lr": 0.02}})
+    values, score = sampler._results(context)[1]
+    assert values == {"optim.matrix_lr": 0.4} and score == pytest.approx(2.3)
+
+
+@pytest.mark.parametrize(
+    ("now", "kind", "why"),
+    [
+        ([(0.25, 3.0), (0.5, 2.9), (0.75, 2.8)], "identical", "it has val_bpb 2.700000"),
+        ([(0.25, 3.0), (0.5, 2.905)], "within noise", "moved by up to 0.005000"),
+        ([(0.25, 3.0), (0.5, 2.5)], "not reproduced", "moved by up to 0.400000"),
+        ([(0.25, 3.0)], "not reproduced", "is gone"),
+    ],
+)
+def test_a_replay_runs_a_stopped_run_to_its_end(now, kind, why):
+    noise = compare.Stated(decide.Noise(0.01, 2), decide.Noise(0.01, 2))
+    then = compare.Seen(status="stopped", dev=[(0.25, 3.0), (0.5, 2.9)])
+    seen = compare.compare(then, compare.Seen(status="ok", val_bpb=2.7, dev=now), noise, [])
+    assert seen.kind == kind and why in seen.why
 
 
 # ---- what a candidate may write ----

@@ -296,7 +296,8 @@ def take_claims(config: Config, scratch: Path, folder: Path) -> None:
             kept = {k: number(point.get(k)) for k in CURVE_KEYS}
         except (ValueError, AttributeError, RecursionError):
             continue
-        points.append({k: v for k, v in kept.items() if v is not None})
+        if kept["step"] is not None:  # where MLflow and the charts put it
+            points.append({k: v for k, v in kept.items() if v is not None})
     if points:
         text = "".join(json.dumps(point) + "\n" for point in points)
         (folder / CURVE_FILE).write_text(text, encoding="utf-8")
