@@ -212,7 +212,7 @@ def must_be_repairable(journal: Journal, proposal: Proposal) -> None:
         return
     if not 0 < number < len(journal):
         raise Refused(f"repairs {number}: there is no such trial; the last is {len(journal) - 1}.")
-    if journal.trials[number].status == "ok":
+    if not journal.trials[number].failed:
         raise Refused(
             f"repairs {number}: that trial ran; only one that failed is repaired. Leave repairs "
             "out and propose the change as a new idea."

@@ -1,6 +1,7 @@
 """Is a run that was made again the run on record? From numbers and facts alone; starts nothing.
 
-identical        the same weights (sha256) and the same val_bpb, or the same failure
+identical        the same weights (sha256) and the same val_bpb, or the same failure; of a run
+                 that was stopped early the same dev_bpb up to there
 within noise     val_bpb inside the stated interval
 not reproduced   anything else, and any part of the record that contradicts another
 
@@ -17,7 +18,6 @@ the reach is an upper bound. Between two points of the curve the loss is taken f
 line, and it is never below a later one; both err to the safe side.
 """
 
-import copy
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ import numpy as np
 import yaml
 
 from agent.decide import Noise, measure_noise, pair, repeated
+from agent.early import Points, dev_points
 from agent.journal import Journal, Run, Trial
 from agent.settings import HARNESS_KEYS
 from agent.trial import _read as read_quietly
@@ -73,6 +74,7 @@ class Seen:
     steps: int | None = None
     curve: list[tuple[int, float]] = field(default_factory=list)  # (step, nats), from a guess on
     guess_bpb: float | None = None  # val_bpb of a uniform guess
+    dev: Points = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)  # digests, commit, versions, machine
 
 
@@ -111,6 +113,7 @@ def seen_of(study_folder: Path, run: Run) -> Seen:
         steps=run.steps,
         curve=curve,
         guess_bpb=guess_bpb,
+        dev=dev_points(read_curve(folder / CURVE_FILE)),
         facts=facts_of(folder),
     )
 
@@ -178,20 +181,13 @@ def arithmetic(journal: Journal, trial: Trial, baseline_seeds: list[int]) -> lis
     wrong = _off("val_bpb", trial.val_bpb, _mean(numbers))
     if trial.parent is None:
         return wrong
-    then = before(journal, trial)
+    then = journal.before(trial)
     runs = then.runs_of(then.trials[trial.parent], trial)
     differences = pair(runs, trial.runs)
     pairs = zip(differences, trial.differences, strict=False)
     if len(differences) != len(trial.differences) or any(abs(a - b) > SAME for a, b in pairs):
         wrong.append(f"its differences do not follow from its runs and those of {trial.parent}")
     return wrong + _off("gain", trial.gain, _mean(trial.differences))
-
-
-def before(journal: Journal, trial: Trial) -> Journal:
-    """The journal as it was when this trial was judged."""
-    earlier = copy.copy(journal)
-    earlier.trials = journal.trials[: trial.number]
-    return earlier
 
 
 def _off(name: str, said: float | None, follows: float | None) -> list[str]:
@@ -284,6 +280,8 @@ def differences_of(then: Seen, now: Seen) -> dict[str, list[Any]]:
 
 
 def _numbers(then: Seen, now: Seen, noise: Stated, stated, where: str) -> tuple[str, str]:
+    if then.status == "stopped" and now.status == "ok":
+        return _run_on(then, now, noise, where)
     if then.status != now.status:
         said = f": {now.message}" if now.message else ""
         also = f" ({where})" if where else ""
@@ -308,6 +306,19 @@ def _numbers(then: Seen, now: Seen, noise: Stated, stated, where: str) -> tuple[
     change += f"; stated interval {stated[0]:.4f} to {stated[1]:.4f}"
     inside = stated[0] <= now.val_bpb <= stated[1]
     return ("within noise", change) if inside else ("not reproduced", f"outside: {change}")
+
+
+def _run_on(then: Seen, now: Seen, noise: Stated, where: str) -> tuple[str, str]:
+    """A run that was stopped early is made again to its end: is it the same up to there?"""
+    change = max((abs(a[1] - b[1]) for a, b in zip(then.dev, now.dev, strict=False)), default=None)
+    if change is None or len(now.dev) < len(then.dev):
+        return "not reproduced", "it was stopped early, and its curve of dev_bpb is gone"
+    end = f"; run on to its end it has val_bpb {now.val_bpb:.6f}"
+    also = f"; {where}" if where else ""
+    if change < SAME:
+        return "identical", f"the same dev_bpb up to where it was stopped{end}{also}"
+    said = f"dev_bpb moved by up to {change:.6f} before it was stopped{end}{also}"
+    return ("within noise" if change <= noise.half_width else "not reproduced"), said
 
 
 def in_sigmas(then: Seen, now: Seen, noise: Stated) -> str:

@@ -64,7 +64,7 @@ def _row(trial: Trial) -> str:
 def _failures(trials: list[Trial]) -> list[str]:
     groups: dict[str, list[Trial]] = defaultdict(list)
     for trial in trials:
-        if trial.status != "ok":
+        if trial.failed:
             groups[_kind_of_failure(trial)].append(trial)
     worst = sorted(groups.items(), key=lambda item: -len(item[1]))[:FAILURES]
     return [f"- {len(found)} x {kind}; trial {found[-1].number}" for kind, found in worst]

@@ -5,6 +5,7 @@ the trial is run again; killed after it, the study goes on with the next. Everyt
 MLflow, the report) follows the journal and can be made again from it.
 """
 
+import copy
 import json
 import os
 from collections.abc import Iterable
@@ -114,7 +115,7 @@ class Trial(Scored):
     number: int
     proposal: Proposal
     parent: int | None  # trial that it started from
-    status: str  # what happened: ok crash timeout oom diverged invalid
+    status: str  # what happened: ok stopped crash timeout oom diverged invalid
     decision: str  # what we did: keep | discard
     reason: str  # in words, with the numbers
     val_bpb: float | None = None  # mean over the seeds that ran
@@ -129,6 +130,7 @@ class Trial(Scored):
     parent_runs: list[Run] = field(default_factory=list)  # of the parent, made for this trial
     drift: float | None = None  # the parent's number made again, minus what it was
     drifted: bool = False  # by too much: the parent's earlier runs no longer compare
+    behind: float | None = None  # its parent by so many bpb on dev: too far (early.py)
     commit: str | None = None  # the code and config that ran
     digest: str | None = None  # of resolved config and editable code
     data_digest: str | None = None
@@ -142,6 +144,11 @@ class Trial(Scored):
     @property
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs]
+
+    @property
+    def failed(self) -> bool:
+        """It did not come to a judgement; one that was stopped early did."""
+        return self.status not in ("ok", "stopped")
 
 
 class Journal:
@@ -199,6 +206,12 @@ class Journal:
             if later.parent == trial.number:
                 runs = ([] if later.drifted else runs) + later.parent_runs
         return {run.seed: run for run in sorted(runs, key=lambda run: run.status == "ok")}
+
+    def before(self, trial: Trial) -> "Journal":
+        """The journal as it was when this trial was judged."""
+        earlier = copy.copy(self)
+        earlier.trials = self.trials[: trial.number]
+        return earlier
 
     @property
     def lineage(self) -> list[Trial]:

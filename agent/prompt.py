@@ -96,7 +96,7 @@ def failed_idea(journal: Journal) -> Trial | None:
     """The model's newest failed trial that may still be repaired and was not."""
     repaired = {trial.proposal.repairs for trial in journal.trials[-REPAIR_WITHIN:]}
     for trial in reversed(journal.trials[-REPAIR_WITHIN:]):
-        if trial.proposal.source == "llm" and trial.status != "ok":
+        if trial.proposal.source == "llm" and trial.failed:
             if trial.number in repaired:
                 return None
             done = repairs_so_far(journal, trial.number)

@@ -16,7 +16,6 @@ from agent.compare import (
     Outcome,
     Seen,
     Stated,
-    before,
     compare,
     contradictions,
     facts_of,
@@ -254,7 +253,7 @@ def must_be_new(study: Study, trial: Trial, applied: workspace.Applied) -> None:
     baseline = editable_values(study.plan.config)
     changed = changed_values(applied.config, baseline)
     state = State(applied.digest, changed, applied.shape)
-    earlier = before(study.journal, trial)
+    earlier = study.journal.before(trial)
     workspace.must_be_new(earlier, trial.proposal, state, baseline, study.plan.space)
 
 

@@ -31,7 +31,7 @@ MAX_READ = 100_000  # bytes of a log or a diff, its end
 
 
 class ListTrials(Arguments):
-    status: Literal["ok", "crash", "timeout", "oom", "diverged", "invalid"] | None = None
+    status: Literal["ok", "stopped", "crash", "timeout", "oom", "diverged", "invalid"] | None = None
     decision: Literal["keep", "discard"] | None = None
     source: str | None = Field(default=None, max_length=50)
     text: str | None = Field(
@@ -89,7 +89,7 @@ def row(trial: Trial) -> dict[str, Any]:
 
 def reason_of(trial: Trial, max_chars: int) -> str:
     """Why it was decided so; of a failure that is the run's own word, so it is quoted."""
-    if trial.status == "ok":
+    if not trial.failed:
         return plain(trial.reason)[:max_chars]
     return as_data(trial.reason, max_chars)
 
@@ -122,7 +122,7 @@ def open_trial(study: StudyFiles, args: OpenTrial) -> dict[str, Any]:
         run_folder = study.folder / trial.runs[0].folder
         answer["curve"] = thin(read_curve(run_folder / CURVE_FILE))
         answer["samples"] = samples_of(run_folder / SAMPLES_FILE)
-    if trial.status != "ok":
+    if trial.failed:
         answer["failure"] = failure_of(study, trial)
     return answer
 
@@ -256,7 +256,7 @@ def _credit(trials: list[Trial], source: str) -> dict[str, Any]:
     return {
         "trials": len(mine),
         "kept": sum(trial.decision == "keep" for trial in mine),
-        "failed": sum(trial.status != "ok" for trial in mine),
+        "failed": sum(trial.failed for trial in mine),
         "estimated_gain_kept": round(
             sum(trial.estimate or 0 for trial in mine if trial.decision == "keep"), 6
         ),

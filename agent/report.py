@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from agent import promotion_report, replays
+from agent import early, promotion_report, replays
 from agent.costs import in_words, of_trials
 from agent.decide import measure_noise, spent
 from agent.journal import Journal, Trial, counted
@@ -203,6 +203,7 @@ def _draw_discarded(axes, trials: list[Trial], ceiling: float) -> None:
     seen = [t for t in trials if t.score is not None and t.decision == "discard"]
     inside = [t for t in seen if t.score <= ceiling]
     beyond = [t for t in seen if t.score > ceiling]
+    beyond += [t for t in trials if t.status == "stopped"]
     axes.plot(
         [t.number for t in inside],
         [t.score for t in inside],
@@ -224,7 +225,7 @@ def _draw_discarded(axes, trials: list[Trial], ceiling: float) -> None:
 
 
 def _draw_failed(axes, trials: list[Trial]) -> None:
-    failed = [t for t in trials if t.status != "ok"]
+    failed = [t for t in trials if t.failed]
     if failed:
         axes.plot(
             [t.number for t in failed],
@@ -286,7 +287,7 @@ def _row(trial: Trial) -> dict[str, Any]:
     return row | {
         "commit": (trial.commit or "")[:7],
         "memory_gb": first.peak_memory_gb if first else None,
-        "status": trial.decision if trial.status == "ok" else "crash",
+        "status": "crash" if trial.failed else trial.decision,
         "description": trial.proposal.heading,
         "trial": trial.number,
         "decision": trial.decision,
@@ -340,7 +341,9 @@ def summary(
         "## All trials",
         _table(journal.trials, ("trial", target.name, "gain", "decision", "what", "reason")),
     ]
-    failed = [trial for trial in journal.trials if trial.status != "ok"]
+    failed = [trial for trial in journal.trials if trial.failed]
+    if passed := [trial for trial in journal.trials if trial.behind is not None]:
+        parts += ["## Stopped early", early.in_words(passed)]
     if failed:
         parts += ["## What failed, and why", "\n".join(_failure(trial) for trial in failed)]
     if usage := of_trials(journal.trials):

@@ -8,7 +8,7 @@ that run with the trial that asked for it. No run of a parent is made twice.
 import shutil
 from dataclasses import replace
 
-from agent import workspace
+from agent import early, workspace
 from agent.base import for_runs
 from agent.decide import (
     Bar,
@@ -43,9 +43,12 @@ def run_seeds(study: Study, trial: Trial, parent: Trial | None, on: Bench) -> No
         if parent and seed not in study.journal.runs_of(parent, trial):
             trial.parent_runs.append(run_parent(study, parent, seed, on))
             continue
-        run = on.run(f"seed_{seed}", seed, limit_s)
+        watch = watch_for(study, trial, parent, seed, on.config.runtime.num_dev_points - 1)
+        run = on.run(f"seed_{seed}", seed, limit_s, watch)
         trial.runs.append(run)
         trial.status = run.status
+        if watch and watch.passed:
+            trial.behind = round(watch.passed.bpb, 6)
         if parent:
             trial.differences = pair(study.journal.runs_of(parent, trial), trial.runs)
     judge(study, trial, parent)
@@ -60,6 +63,26 @@ def wanted_seed(study: Study, trial: Trial, parent: Trial | None) -> int | None:
     failed = [seed for seed, run in runs.items() if run.status != "ok"]
     seed = next_seed(trial.runs, seeds_for(study, trial), failed)
     return seed if seed is not None and verdict(study, trial, runs).kind == "more" else None
+
+
+def watch_for(
+    study: Study, trial: Trial, parent: Trial | None, seed: int, checks: int
+) -> early.Watch | None:
+    """Of a trial's first run, once enough is known of earlier ones."""
+    rate = study.plan.study.early_stop
+    if parent is None or trial.runs or not rate or checks < 1:
+        return None
+    bar, shorter = bar_of(study, trial), trial.lines_removed > trial.lines_added
+    known = early.limit_of(
+        early.history_of(study.folder, study.journal, checks),
+        lambda gain: decide([gain], bar, shorter).kind == "discard",
+        rate,
+    )
+    if known is None:
+        return None
+    parents = early.curve_of(study.folder, study.journal.runs_of(parent, trial)[seed])
+    num_passed = sum(t.behind is not None for t in study.journal.trials)
+    return early.Watch(parents, known, checks, early.runs_on(num_passed))
 
 
 def seeds_for(study: Study, trial: Trial) -> list[int]:
@@ -165,11 +188,15 @@ def judge(study: Study, trial: Trial, parent: Trial | None) -> None:
         sigma = measure_noise([numbers]).sigma
         trial.decision = "keep"
         trial.reason = f"baseline: sigma {sigma:.4f} over {len(numbers)} seeds"
+    elif trial.status == "stopped":
+        trial.reason = f"stopped early: {trial.runs[-1].message}"
     elif trial.status != "ok" and trial.runs:
         failed = trial.runs[-1]
         trial.reason = f"{failed.status} on seed {failed.seed}: {failed.message}"
     elif trial.status == "ok":
         fill_in(trial, verdict(study, trial, study.journal.runs_of(parent, trial)))
+        if trial.behind is not None:
+            trial.reason += f"; {early.ran_on(trial)}"
 
 
 def fill_in(trial: Trial, decision: Decision) -> None:

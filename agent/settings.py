@@ -40,6 +40,7 @@ MAY_CHANGE = (
     "outside_wait_s",
     "strategy",  # says what is tried next, and nothing of what was tried
     "plateau_after",
+    "early_stop",
 )
 
 
@@ -119,6 +120,7 @@ class StudySettings(Group):
     drift_every: int = Field(ge=0)
     strategy: Literal["greedy", "tree", "islands"] = "greedy"
     plateau_after: int | None = Field(default=15, ge=1)
+    early_stop: float = Field(default=0.05, ge=0, lt=1)
     sources: dict[str, float]
     outside_wait_s: float = Field(default=300.0, ge=0)
     llm: LlmSettings

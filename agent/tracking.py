@@ -36,6 +36,7 @@ SETTINGS_FILE = "settings.json"  # name, sigma, base_commit, branch; written by 
 RUN_NUMBERS = ("steps", "tokens", "train_s", "tokens_per_s", "peak_memory_gb", "mfu", "num_params")
 DECISION_NUMBERS = ("val_bpb", "chat_bpb", "gain", "estimate", "low", "high", "evidence", "drift")
 SIGNS = {"keep": "+", "discard": "-"}
+ENDS = {"ok": "FINISHED", "stopped": "KILLED"}  # MLflow's words; all others are FAILED
 
 
 class Mirror:
@@ -180,7 +181,7 @@ class Mirror:
             strict=True,
         )
         self._fill(child, trial, ended_ms)
-        child.close("FINISHED" if trial.status == "ok" else "FAILED", ended_ms)
+        child.close(ENDS.get(trial.status, "FAILED"), ended_ms)
         child.tags({"journal": journal_digest(trial)})
         self._progress(trial, ended_ms)
 
@@ -304,7 +305,7 @@ def _numbers(trials: list[int]) -> str | None:
 
 def run_name(trial: Trial) -> str:
     """Number and verdict first: MLflow's table cuts the name of a child after 12 characters."""
-    sign = SIGNS[trial.decision] if trial.status == "ok" else "x"
+    sign = "x" if trial.failed else SIGNS[trial.decision]
     return f"{number(trial)} {sign} {trial.proposal.heading}"
 
 

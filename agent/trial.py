@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,11 @@ PREFLIGHT_BYTES, PREFLIGHT_CHATS = 5_000, 20  # of val text, of val conversation
 POLL_S = 0.1
 MAX_LOG_BYTES = 4 << 20
 OUTSIDE_SIGNALS = (-signal.SIGKILL, -signal.SIGTERM)
+Watch = Callable[[Path], str | None]  # looks into the folder of a run that trains: why end it
+
+
+class Hopeless(Exception):
+    """The run is not worth its end; the message says why (early.py)."""
 
 
 class Interrupted(Exception):
@@ -93,14 +99,25 @@ class Bench:
     target: Target = VAL  # what the runs are judged by
     base_sha256: str | None = None  # of the weights that config.base names
 
-    def run(self, name: str, seed: int, limit_s: float, **changes: dict[str, Any]) -> Run:
-        """Train and evaluate once in <trial>/<name>. `changes`: values of groups of the config."""
+    def run(
+        self,
+        name: str,
+        seed: int,
+        limit_s: float,
+        watch: Watch | None = None,
+        **changes: dict[str, Any],
+    ) -> Run:
+        """Train and evaluate once in <trial>/<name>. `watch` may end the training. `changes`:
+        values of groups of the config."""
         folder, started = self.folder / name, time.monotonic()
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         config = self._write_config(folder, seed, changes)
-        problem = self._train(folder, name, limit_s)
-        result = problem or self._evaluate(folder, name, config)
+        try:
+            problem = self._train(folder, name, limit_s, watch)
+            result = problem or self._evaluate(folder, name, config)
+        except Hopeless as why:
+            return self._stopped(seed, str(why), folder, time.monotonic() - started)
         return self._numbers(seed, result, folder, time.monotonic() - started)
 
     def prepared_run(self, name: str, seed: int, limit_s: float, **changes: dict[str, Any]) -> Run:
@@ -175,11 +192,16 @@ class Bench:
             process.kill()
             process.wait()
 
-    def _train(self, folder: Path, name: str, limit_s: float) -> Result | None:
+    def _train(
+        self, folder: Path, name: str, limit_s: float, watch: Watch | None = None
+    ) -> Result | None:
         """What went wrong, or None: there is a checkpoint to evaluate."""
         self.show(f"{name}: training")
-        problem = self._execute(self.target.train, "training", folder, limit_s)
-        shutil.rmtree(folder / SCRATCH_FOLDER, ignore_errors=True)  # of one that was killed
+        look = watch and partial(watch, folder)
+        try:
+            problem = self._execute(self.target.train, "training", folder, limit_s, look=look)
+        finally:
+            shutil.rmtree(folder / SCRATCH_FOLDER, ignore_errors=True)  # of one that was killed
         training = _read(read_training, folder / TRAINING_FILE)
         if training is not None and training.status != "ok":
             return Result(status=training.status, message=training.message, training=training)
@@ -228,15 +250,22 @@ class Bench:
         return result, why.message or ""
 
     def _execute(
-        self, module: str, what: str, folder: Path, limit_s: float, *more: str
+        self,
+        module: str,
+        what: str,
+        folder: Path,
+        limit_s: float,
+        *more: str,
+        look: Callable[[], str | None] | None = None,
     ) -> Result | None:
         """Run a module to its end. Returns what went wrong, or None; its files say the rest.
+        Raises Hopeless, the run killed, with what `look` says.
 
         A process that somebody outside killed is started once more.
         """
         args = [f"run={folder}", f"tree={self.tree}", *more]
         for _ in range(2):
-            code = self._attempt(module, args, folder / LOG_FILE, limit_s)
+            code = self._attempt(module, args, folder / LOG_FILE, limit_s, look)
             if code is None:
                 message = f"{what} passed the wall limit of {limit_s:g} s and was killed"
                 return Result(status="timeout", message=message)
@@ -247,7 +276,14 @@ class Bench:
         message = f"{what} was killed from outside twice (signal 9 or 15). Is memory short?"
         return Result(status="crash", message=message)
 
-    def _attempt(self, module: str, args: list[str], log: Path, limit_s: float) -> int | None:
+    def _attempt(
+        self,
+        module: str,
+        args: list[str],
+        log: Path,
+        limit_s: float,
+        look: Callable[[], str | None] | None,
+    ) -> int | None:
         """Exit status, or None after the wall limit. Leaves no process of the trial behind."""
         deadline = time.monotonic() + limit_s
         number = self.starter.start(
@@ -258,6 +294,8 @@ class Bench:
                 self.stop.check()
                 if time.monotonic() > deadline:
                     return None
+                if look and (why := look()):
+                    raise Hopeless(why)
             return code
         finally:
             kill_marked(self.study_folder, self.marks[MARK])
@@ -268,6 +306,11 @@ class Bench:
         inherited = {k: v for k, v in os.environ.items() if k in ENVIRONMENT}
         place = {"HOME": str(self.study_folder), "PYTHONUNBUFFERED": "1"}
         return inherited | place | self.marks
+
+    def _stopped(self, seed: int, why: str, folder: Path, wall_s: float) -> Run:
+        place = folder.relative_to(self.study_folder).as_posix()
+        wall_s = round(wall_s, 3)
+        return Run(seed=seed, status="stopped", message=why, wall_s=wall_s, folder=place)
 
     def _numbers(self, seed: int, result: Result, folder: Path, wall_s: float) -> Run:
         training = result.training or _read(read_training, folder / TRAINING_FILE)

@@ -68,7 +68,7 @@ class View:
             right = name not in ("status", "decision", "title")
             table.add_column(name, justify="right" if right else "left", no_wrap=name != "title")
         for trial in self.journal.trials[-MAX_ROWS:]:
-            style = "green" if trial.decision == "keep" else "" if trial.status == "ok" else "red"
+            style = "green" if trial.decision == "keep" else "red" if trial.failed else ""
             table.add_row(*map(Text, _cells(trial)), style=style)
         if self.title:
             title = Text(f"{self.title} ({self.doing})")

@@ -89,6 +89,18 @@ if behaviour == "killed once" and not (folder.parent / "killed").exists() and no
     os.kill(os.getpid(), 9)
 if behaviour == "killed always" and not is_preflight:
     os.kill(os.getpid(), 9)
+def curve(until):
+    # What val_bpb will be (see EVALUATE), and one bit more at the start than at the end.
+    level = 2.0 + 10 * abs(values["optim"]["matrix_lr"] - 0.04) - model["BONUS"]
+    points = [(i + 1) / 4 for i in range(4) if (i + 1) / 4 <= until]
+    return "".join(json.dumps({"step": round(8 * p), "progress": p, "dev_bpb": level + 1 - p})
+                   + "\\n" for p in points)
+if behaviour.startswith("lingers") and not is_preflight:  # half-way, for so many seconds
+    (folder / "scratch").mkdir()
+    (folder / "scratch/curve.jsonl").write_text(curve(until=0.5))
+    time.sleep(float(behaviour.split()[1]))
+if not is_preflight:
+    (folder / "curve.jsonl").write_text(curve(until=1))
 cpu_s = 9.0 if behaviour == "toil" else 0.1
 weights = f"{model['BONUS']} {seed}"
 (folder / "checkpoint").mkdir(exist_ok=True)

@@ -96,6 +96,7 @@ def test_curve_and_samples_are_rebuilt_from_plain_values(tmp_path, place):
     points = [
         {"step": 1, "train/loss": 2.5, "val_bpb": 0.01, "dev_bpb": "great"},
         {"step": 2, "train/loss": float("nan"), "evil": {"a": 1}},
+        {"progress": 0.5, "train/loss": 2.0},
         [1, 2],
     ]
     (place / "curve.jsonl").write_text("\n".join(map(json.dumps, points)) + "\n{broken")

@@ -103,4 +103,7 @@ def _results(trials: Sequence[Trial], baseline: dict[str, Any]) -> list[Result]:
         if trial.status == "ok" and not is_code and trial.proposal.repeats is None:
             score = trial.runs[0].score - trials[0].runs[0].score + gained
             found.append(Result(state.values, score, trial.proposal.source))
+        elif trial.status == "stopped" and not is_code and trial.proposal.repeats is None:
+            score = trials[trial.parent].score + trial.behind - trials[0].score + gained
+            found.append(Result(state.values, score, trial.proposal.source))  # a loser, by so much
     return found

@@ -23,6 +23,11 @@ CHECKPOINT_FOLDER = "checkpoint"
 SAMPLES_FILE = "samples.json"  # [{"prompt": ..., "completion": ...}]
 CONFIG_FILE = "config.yaml"  # the resolved config
 LOG_FILE = "run.log"
+CURVE_KEYS = (
+    "step", "progress", "elapsed_s", "tokens", "train/loss", "dev_bpb", "lr_scale", "tokens_per_s",
+    "memory_gb", "system/cpu_utilization_percentage", "system/system_memory_usage_percentage",
+    "time",
+)  # fmt: skip
 SCRATCH_FOLDER = "scratch"  # the one folder that a candidate's training may write to
 
 TARGETS = ("val_bpb", "chat_bpb")  # what a study may be judged by; lower is better

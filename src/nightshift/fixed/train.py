@@ -39,6 +39,7 @@ from nightshift.fixed.result import (
     CHECKPOINT_FOLDER,
     CONFIG_FILE,
     CURVE_FILE,
+    CURVE_KEYS,
     EDITABLE_MODULES,
     SAMPLES_FILE,
     SCRATCH_FOLDER,
@@ -56,11 +57,6 @@ SAMPLES_LIMIT_S = 60.0  # after the weights; only the samples are lost
 CPU_SLACK, CPU_SLACK_S = 1.25, 5.0  # start-up and the autograd engine's own thread
 MAX_CLAIM_BYTES = 20 << 20
 MAX_HEADER_BYTES = 20 << 20  # of a safetensors file
-CURVE_KEYS = (
-    "step", "progress", "elapsed_s", "tokens", "train/loss", "dev_bpb", "lr_scale", "tokens_per_s",
-    "memory_gb", "system/cpu_utilization_percentage", "system/system_memory_usage_percentage",
-    "time",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,7 +296,8 @@ def take_claims(config: Config, scratch: Path, folder: Path) -> None:
             kept = {k: number(point.get(k)) for k in CURVE_KEYS}
         except (ValueError, AttributeError, RecursionError):
             continue
-        points.append({k: v for k, v in kept.items() if v is not None})
+        if kept["step"] is not None:  # where MLflow and the charts put it
+            points.append({k: v for k, v in kept.items() if v is not None})
     if points:
         text = "".join(json.dumps(point) + "\n" for point in points)
         (folder / CURVE_FILE).write_text(text, encoding="utf-8")
