@@ -81,16 +81,18 @@ def open_model(settings: LlmSettings) -> Any:
 def constraint(settings: LlmSettings, schema: dict[str, Any]) -> dict[str, Any]:
     """How a schema is sent. Raises StudyError where no way is known.
 
-    `json_object` with a schema beside it is llama.cpp's own form: both its servers take it, one of
-    them refuses `json_schema`. In the raw body, because the client reads an answer to its own
-    `response_format` and fails on one that was cut.
+    `json_object` with a schema beside it is llama.cpp's own form: its server in Python refuses
+    `json_schema`. In the raw body, because the client reads an answer to its own `response_format`
+    and fails on one that was cut; and it sends the limit as `max_completion_tokens`, which that
+    server does not know.
     """
     provider = str(settings.model).split(":")[0]
     if provider == "ollama":
         return {"format": schema}
     if provider == "openai" and settings.base_url:
         given = {"type": "json_object", "schema": schema}
-        return {"extra_body": {"response_format": given}}
+        body = {"response_format": given, "max_tokens": settings.longest_answer}
+        return {"extra_body": body}
     raise StudyError(
         f"study.llm.output=schema: not known how {settings.model} takes a schema. Give "
         "study.llm.base_url of a llama.cpp server, an ollama model, or study.llm.output=tools"

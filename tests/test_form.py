@@ -48,7 +48,7 @@ def test_the_form_is_sent_as_a_schema_and_its_answer_is_a_proposal(files):  # no
     assert len(server.requests) == 1, "no lessons of such a model"
     request = server.requests[0]
     assert "tools" not in request and request["response_format"]["type"] == "json_object"
-    assert request.get("max_tokens", request.get("max_completion_tokens")) == FORM_TOKENS
+    assert request["max_tokens"] == FORM_TOKENS, "the name that llama.cpp's server in Python knows"
     assert options_in(request).keys() == files.space.keys()
 
 
