@@ -30,6 +30,17 @@ def digest(journal: Journal) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def rows(journal: Journal, room: int) -> str:
+    """The counts and as many of the newest trials as fit into `room` characters, newest last."""
+    lines, kept = [_counts(journal)], []
+    for trial in reversed(journal.trials[1:]):
+        room -= len(line := _row(trial)) + 1
+        if room < len(lines[0]):
+            break
+        kept.insert(0, line)
+    return "\n".join(lines + kept) if room >= 0 else ""
+
+
 def _section(title: str, lines: list[str]) -> str:
     return "\n".join([f"{title}:", *lines]) if lines else ""
 

@@ -23,6 +23,7 @@ from nightshift.fixed.config import (
     require_corpus,
 )
 
+FORM_TOKENS = 256  # of an answer that is a form (agent/form.py): it has a sentence and a value
 HARNESS_KEYS = (
     "parent_run_id",
     "run_name",
@@ -93,6 +94,8 @@ class LlmSettings(Group):
     model: str | None  # provider:name
     base_url: str | None
     temperature: float | None = Field(ge=0, le=2)
+    output: Literal["tools", "schema"] = "tools"
+    context_tokens: int = Field(default=2048, ge=1024)  # with output=schema
     max_output_tokens: int = Field(ge=256)
     timeout_s: float = Field(gt=0)  # for one answer, to its last byte
     max_retries: int = Field(ge=0, le=20)
@@ -104,6 +107,11 @@ class LlmSettings(Group):
     cap_dollars: Caps
     cap_tokens: Caps
     trace: bool
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens."""
+        return FORM_TOKENS if self.output == "schema" else self.max_output_tokens
 
 
 class StudySettings(Group):
