@@ -1,6 +1,6 @@
-"""A small language model as the researcher: how many of its answers apply, with and without schema?
+"""A small language model as the researcher: how many answers apply, with and without schema?
 
-    python benchmarks/small_model.py http://127.0.0.1:8080/v1 [20]    # docs/researcher.md starts one
+    python benchmarks/small_model.py http://127.0.0.1:8080/v1 [20]    # docs/researcher.md
 
 The stand-in project of the tests with a baseline and five trials; the real prompt of the form, the
 real client, the server at the address. Each answer counts as applicable if the form takes it and it
