@@ -3,8 +3,8 @@
 `evaluate(point, seed) -> Score` is a real short run (runs.py) or the surrogate (landscape.py). A
 search yields (seconds spent so far, trials so far, the point that it would deliver).
 
-ours      agent/proposers and agent/strategy.py propose, agent/decide.py judges, as in a study: pairs on
-          equal seeds, the incumbent's runs paid for
+ours      agent/proposers and agent/strategy.py propose, agent/decide.py judges as in a study: pairs
+          on equal seeds, the incumbent's runs paid for
 greedy    the same sampler and recipes; one seed; what is lower is kept (autoresearch's rule)
 random, TPE, CMA-ES   Optuna's samplers over the whole space, from the baseline on; one seed; the
           lowest number is delivered
