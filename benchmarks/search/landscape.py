@@ -29,7 +29,7 @@ WORST = 0.5  # bpb above the baseline: what is further off is as good as lost, a
 class Landscape:
     """`truth(point)`: what many seeds would average to. `landscape(point, seed)`: one run."""
 
-    def __init__(self, setting: Setting, known: dict[tuple[Point, int], Score]):
+    def __init__(self, setting: Setting, known: dict[tuple[Point, int], Score], parameters=None):
         self.setting = setting
         runs = {
             point: score for (point, seed), score in known.items() if seed == 1 and score.val_bpb
@@ -41,6 +41,7 @@ class Landscape:
         self.sigma, self.tau = noise(known)
         self.costs = costs(setting, runs)
         self.memory: dict[Point, float] = {}
+        self.parameters = parameters  # of the kernel; None: fitted
 
     def coded(self, points: list[Point]) -> tuple[np.ndarray, np.ndarray]:
         """Values in [0, 1] (N, K) and recipes as 0 or 1 (N, R)."""
@@ -63,15 +64,17 @@ class Landscape:
         return smooth * near + linear * common + both * near * common + 0.01 * smooth * common**2
 
     @cached_property
-    def fitted(self) -> tuple[np.ndarray, tuple, np.ndarray]:
+    def fitted(self) -> tuple[np.ndarray, np.ndarray]:
+        """The kernel's parameters, and the weights of the points."""
+        found = self.fit() if self.parameters is None else self.parameters
+        return found, self.solve(found)[1]
+
+    def fit(self) -> np.ndarray:
         keys = self.x.shape[1]
         start = np.array([math.log(0.7)] * keys + [math.log(s) for s in (0.05, 0.01, 0.005, 0.003)])
         bounds = [(math.log(0.1), math.log(20))] * keys + [(math.log(1e-4), math.log(1))] * 4
-        found = minimize(
-            self.loss, start, bounds=bounds, method="L-BFGS-B", options={"maxiter": 60}
-        )
-        factor, weights = self.solve(found.x)
-        return found.x, factor, weights
+        options = {"maxiter": 60}
+        return minimize(self.loss, start, bounds=bounds, method="L-BFGS-B", options=options).x
 
     def solve(self, p: np.ndarray) -> tuple:
         gram = self.kernel(p, self.x, self.b, self.x, self.b)
@@ -88,7 +91,7 @@ class Landscape:
 
     def truth(self, point: Point) -> float:
         if point not in self.memory:
-            p, _, weights = self.fitted
+            p, weights = self.fitted
             x, b = self.coded([point])
             above = (self.kernel(p, x, b, self.x, self.b) @ weights)[0]
             self.memory[point] = self.level + float(min(above, WORST))
@@ -134,7 +137,7 @@ def report(setting: Setting, known: dict[tuple[Point, int], Score]) -> None:
         others = {
             (p, 1): s for i, (p, s) in enumerate(runs) if i % 5 != fold or p == Point.of({})
         } | {key: s for key, s in known.items() if key[1] != 1}
-        part = Landscape(setting, others)
+        part = Landscape(setting, others, whole.fitted[0])
         for i, (p, s) in enumerate(runs):
             if i % 5 == fold and p != Point.of({}):
                 truths.append(min(s.val_bpb, whole.level + WORST))
