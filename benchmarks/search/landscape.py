@@ -4,9 +4,10 @@
 
 f(values) has a squared exponential kernel with a length for each key, f(recipes) is linear, the
 third is their product (Rasmussen and Williams 2006, ch. 5: hyperparameters by the marginal
-likelihood). `seed` is what all points share on a seed (it cancels in
-pairs), `noise` what is left of it, drawn once for a point and a seed: the same run gives the same
-number, as on a CPU. Points that crashed are left out.
+likelihood). `seed` is what all points share on a seed; it cancels in pairs. `noise` is a sum over
+the changes from the baseline, each with a size of its own (log-uniform within a factor of SPREAD of
+what was measured) and, for values, in proportion to the step: so two points differ by the noise of
+what differs between them. The same run gives the same number, as on a CPU.
 
     python benchmarks/search/landscape.py      prints how well it predicts runs that it has not seen
 """
@@ -23,6 +24,7 @@ from runs import Point, Runner, Score, Setting
 from scipy.linalg import cho_factor, cho_solve
 from scipy.optimize import minimize
 
+STEP, SPREAD = 0.2, 3.0  # a usual step, as a share of the range; of the sizes of noise
 WORST = 0.5  # bpb above the baseline: what is further off is as good as lost, and cut to this
 
 
@@ -99,21 +101,40 @@ class Landscape:
 
     def __call__(self, point: Point, seed: int) -> Score:
         shared = _normal(f"seed/{seed}") * self.sigma
-        own = _normal(f"{point}/{seed}") * self.tau / math.sqrt(2)
-        return Score(round(self.truth(point) + shared + own, 6), self.cost(point))
+        return Score(round(self.truth(point) + shared + self.own(point, seed), 6), self.cost(point))
+
+    def own(self, point: Point, seed: int) -> float:
+        """What is left of the seed in a difference to the baseline."""
+        parts = [self.part(title, seed, 1.0) for title in point.recipes]
+        for key, value in point.values:
+            step = place(self.setting, key, value) - place(self.setting, key)
+            parts.append(self.part(key, seed, step / STEP))
+        return sum(parts)
+
+    def part(self, change: str, seed: int, size: float) -> float:
+        tau = self.tau * SPREAD ** random.Random(change).uniform(-1, 1)
+        return tau * min(max(size, -2.0), 2.0) * _normal(f"{change}/{seed}")
 
     def cost(self, point: Point) -> float:
         return self.costs[""] * math.prod(self.costs.get(title, 1.0) for title in point.recipes)
 
 
 def noise(known: dict[tuple[Point, int], Score]) -> tuple[float, float]:
-    """sigma of a seed; tau of a paired difference, the median over pairs of points."""
-    groups = {point: [known.get((point, seed)) for seed in (1, 2, 3)] for point, _ in known}
-    rows = [[s.val_bpb for s in g] for g in groups.values() if all(s and s.val_bpb for s in g)]
-    sigma = math.sqrt(statistics.mean(statistics.variance(row) for row in rows))
-    base = rows[0]
-    differences = [[a - b for a, b in zip(base, row, strict=True)] for row in rows[1:]]
-    return sigma, statistics.median(statistics.stdev(row) for row in differences)
+    """sigma of a seed; tau that one change brings into a paired difference (median over points)."""
+    numbers = {key: score.val_bpb for key, score in known.items()}
+    rows = {
+        point: [numbers[point, seed] for seed in (1, 2, 3)]
+        for point in dict.fromkeys(point for point, _ in numbers)
+        if all(numbers.get((point, seed)) for seed in (1, 2, 3))
+    }
+    sigma = math.sqrt(statistics.mean(statistics.variance(row) for row in rows.values()))
+    base = rows.pop(Point.of({}))
+    taus = [
+        statistics.stdev(a - b for a, b in zip(base, row, strict=True))
+        / math.sqrt(len(point.values) + len(point.recipes))
+        for point, row in rows.items()
+    ]
+    return sigma, statistics.median(taus)
 
 
 def costs(setting: Setting, runs: dict[Point, Score]) -> dict[str, float]:
@@ -150,7 +171,7 @@ def report(setting: Setting, known: dict[tuple[Point, int], Score]) -> None:
         f"{whole.level:.4f}, best {min(truths):.4f}, spread {spread:.4f}\n"
         f"unseen points: R2 {1 - (off / spread) ** 2:.3f}, error {off:.4f}; within 0.03 of "
         f"the baseline {statistics.median(near):.4f} (median)\n"
-        f"sigma of a seed {whole.sigma:.4f}, of a paired difference {whole.tau:.4f}; "
+        f"sigma of a seed {whole.sigma:.4f}, of one change in a pair {whole.tau:.4f}; "
         f"{whole.costs['']:.2f} s a run"
     )
 
