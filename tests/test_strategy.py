@@ -10,11 +10,12 @@ from test_combine import MODEL, change
 from test_proposers import VALUES, context
 
 from agent import strategy
-from agent.journal import Edit, Proposal, Run, Trial
+from agent.journal import Proposal, Run, Trial, proposal_from_json
 from agent.loop import main
 from agent.proposers import Context, mixed, recipes, sampler
+from agent.settings import Bounds, differences, read_plan
 from agent.strategy import ISLANDS, MAX_CHANGES, MIGRATION
-from nightshift.fixed.config import flatten
+from nightshift.fixed.config import CONF, ConfigError, flatten
 
 TEXT = "A = 1\nB = 1\nC = 1\nD = 1\n"
 SD = 0.001
@@ -281,7 +282,7 @@ def test_beside_a_loss_only_recipes_that_need_it_are_tried(tmp_path):
 
 def test_a_branch_does_not_repeat_what_was_tried_before_the_keep(tmp_path):
     """Without trial 2 the incumbent is the baseline again, from which 5 was tried already."""
-    space = {"model.depth": sampler_bounds([4, 5])}
+    space = {"model.depth": Bounds(choices=[4, 5])}
     trials = [
         a_trial(1, change(model__depth=5), -0.01),
         a_trial(2, change("A = 1", "A = 2"), 0.01, "keep"),
@@ -290,12 +291,6 @@ def test_a_branch_does_not_repeat_what_was_tried_before_the_keep(tmp_path):
     assert sampler.propose(now).overrides == {"model.depth": 5}, "with trial 2 it is new"
     undo = strategy.ancestor_stem(now, 1)
     assert sampler.propose(now.on(undo)) is None
-
-
-def sampler_bounds(choices):
-    from agent.settings import Bounds
-
-    return Bounds(choices=choices)
 
 
 # ---- in a real worktree ----
@@ -342,9 +337,27 @@ def test_a_study_that_was_killed_goes_on_with_the_same_proposal(told, tmp_path):
     assert len(again) == 5 and again[4].proposal == journal_of(told).trials[4].proposal
 
 
-def test_old_proposals_have_no_stem():
-    from agent.journal import proposal_from_json
-
+def test_old_proposals_have_no_stem_and_old_studies_go_on():
     old = {"title": "t", "hypothesis": "h", "source": "llm", "overrides": {}, "edits": []}
     assert proposal_from_json(old).heading == "t"
-    assert Edit(path="p", search="s", replace="r")
+    settings = read_plan(CONF, []).as_json()
+    del settings["study"]["strategy"], settings["study"]["plateau_after"]
+    del settings["study"]["sources"]["cmaes"]
+    assert differences(settings, read_plan(CONF, ["study.strategy=islands"])) == []
+    assert len(differences(settings, read_plan(CONF, ["study.seed=1"]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "study.strategy=tre",
+            "study.strategy ('tre'): must be 'greedy', 'tree' or 'islands'. Nearest: tree.",
+        ),
+        ("study.plateau_after=0", "study.plateau_after (0): must be greater than or equal to 1."),
+    ],
+)
+def test_a_wrong_choice_is_one_line(override, words):
+    with pytest.raises(ConfigError) as error:
+        read_plan(CONF, [override])
+    assert str(error.value) == words
