@@ -5,7 +5,9 @@
 Its base commit is the earlier study's champion: the newest promotion of its incumbent, or the
 incumbent itself. So code, accepted values, scale and budget are those of that commit; single keys
 on the command line change them. The earlier journal, with what that study remembered, is copied to
-`memory.jsonl`: proposers may look at it, no number of it is compared, no trial of it is ours.
+`memory.jsonl`: proposers may look at it, no number of it is compared, no trial of it is ours. Each
+baseline there says in `changed` all the values that it had, so that trials have values, not only
+differences (proposers/history.py).
 """
 
 import json
@@ -17,7 +19,7 @@ from agent.journal import Journal, Trial, trial_from_json
 from agent.promotion import head_of
 from agent.report import find_study
 from agent.settings import Plan, compose, read_plan
-from nightshift.fixed.config import ConfigError
+from nightshift.fixed.config import EDITABLE_GROUPS, TUNING_GROUPS, ConfigError, flatten
 
 MEMORY_FILE = "memory.jsonl"
 GROUPS_ALLOWED = ("space", "tracking")  # whose choice the champion's values cannot hide
@@ -69,8 +71,21 @@ def remember(studies: Path, folder: Path, origin: dict[str, Any]) -> None:
     """Copy what the earlier study knew."""
     earlier = studies / origin["study"]
     known = [earlier / MEMORY_FILE, earlier / "journal.jsonl"]
-    text = b"".join(path.read_bytes() for path in known if path.exists())
+    lines = [path.read_bytes() if path.exists() else b"" for path in known]
+    text = lines[0] + _with_values(lines[1], earlier / "settings.json")
     (folder / MEMORY_FILE).write_bytes(text[: text.rfind(b"\n") + 1])
+
+
+def _with_values(journal: bytes, settings: Path) -> bytes:
+    """The baseline's line tells all its editable values, where settings.json has them."""
+    first, end, rest = journal.partition(b"\n")
+    if not (end and settings.exists()):
+        return journal
+    config = flatten(json.loads(settings.read_text(encoding="utf-8")).get("config", {}))
+    groups = (*EDITABLE_GROUPS, *TUNING_GROUPS)
+    values = {key: value for key, value in config.items() if key.split(".")[0] in groups}
+    baseline = json.loads(first) | {"changed": values}
+    return json.dumps(baseline, ensure_ascii=False).encode("utf-8") + end + rest
 
 
 def read_memory(folder: Path) -> list[Trial]:

@@ -116,10 +116,10 @@ class Answer(Arguments):
     )
 
 
-def read_answer(values: Any) -> Answer:
+def read_answer(values: Any, shape: type[Arguments] = Answer) -> Any:
     """Raises Refused: one line for each mistake in the shape of an answer."""
     try:
-        return Answer.model_validate(values)
+        return shape.model_validate(values)
     except ValidationError as error:
         raise Refused(mistakes(error)) from None
 

@@ -30,6 +30,17 @@ def digest(journal: Journal) -> str:
     return "\n\n".join(filter(None, parts))
 
 
+def rows(journal: Journal, room: int) -> str:
+    """The counts and as many of the newest trials as fit into `room` characters, newest last."""
+    lines, kept = [_counts(journal)], []
+    for trial in reversed(journal.trials[1:]):
+        room -= len(line := _row(trial)) + 1
+        if room < len(lines[0]):
+            break
+        kept.insert(0, line)
+    return "\n".join(lines + kept) if room >= 0 else ""
+
+
 def _section(title: str, lines: list[str]) -> str:
     return "\n".join([f"{title}:", *lines]) if lines else ""
 
@@ -58,7 +69,7 @@ def _misses(trials: list[Trial]) -> list[str]:
 
 
 def _row(trial: Trial) -> str:
-    return f"- {trial.number} {_cut(trial.proposal.title, TITLE)} ({outcome(trial)})"
+    return f"- {trial.number} {_cut(trial.proposal.heading, TITLE)} ({outcome(trial)})"
 
 
 def _failures(trials: list[Trial]) -> list[str]:
@@ -95,7 +106,7 @@ def _unit(name: str, found: list[Trial]) -> str:
 def _whole(trial: Trial) -> str:
     proposal = trial.proposal
     lines = [
-        f"- {trial.number} {_cut(proposal.title, TITLE)} [{proposal.source}]: {outcome(trial)}",
+        f"- {trial.number} {_cut(proposal.heading, TITLE)} [{proposal.source}]: {outcome(trial)}",
         f"  why: {_cut(proposal.hypothesis, HYPOTHESIS)}",
         f"  result: {_cut(trial.reason, REASON)}",
     ]

@@ -8,6 +8,7 @@ MLflow, the report) follows the journal and can be made again from it.
 import copy
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,9 @@ class Proposal:
     edits: list[Edit] = field(default_factory=list)
     expected_effect: str = ""
     repairs: int | None = None  # a failed trial whose idea this one tries again
+    # Whose changes are part of this one, so of `overrides` and `edits` (strategy.py):
+    builds_on: list[int] = field(default_factory=list)  # discarded trials, oldest first
+    undoes: list[int] = field(default_factory=list)  # kept trials, taken out, newest first
     near: list[int] = field(default_factory=list)  # earlier trials that are much like this one
     differs: str = ""  # from these: what does
     repeats: int | None = None  # a trial that it computes again on purpose, on other seeds
@@ -59,6 +63,13 @@ class Proposal:
     def kind(self) -> str:
         """baseline, config or code."""
         return "code" if self.edits else "config" if self.overrides else "baseline"
+
+    @property
+    def heading(self) -> str:
+        """The title, and the trials that the change goes beyond: `GELU (on 013, without 021)`."""
+        named = [("on", self.builds_on), ("without", self.undoes)]
+        place = [f"{word} {' and '.join(f'{n:03d}' for n in them)}" for word, them in named if them]
+        return f"{self.title} ({', '.join(place)})" if place else self.title
 
 
 class Scored:
@@ -206,6 +217,12 @@ class Journal:
     def lineage(self) -> list[Trial]:
         """Kept trials from the baseline to the incumbent."""
         return [t for t in self.trials if t.decision == "keep"]
+
+
+def counted(trials: Iterable[Trial]) -> tuple[int, int]:
+    """How many trials and how many of them kept; the baseline is no trial of anything."""
+    mine = [trial for trial in trials if trial.parent is not None]
+    return len(mine), sum(trial.decision == "keep" for trial in mine)
 
 
 def proposal_from_json(values: dict[str, Any]) -> Proposal:

@@ -111,7 +111,7 @@ def run_trial(study: Study, number: int, parent: Trial | None) -> Trial | None:
         if proposal is None:
             return None
         started = time.monotonic()  # waiting for a proposal is no cost of the trial
-        study.view.begin(number, proposal.title)
+        study.view.begin(number, proposal.heading)
         trial = Trial(
             number=number,
             proposal=proposal,
@@ -155,6 +155,8 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
         baseline=study.plan.config.model_dump(),
         space=study.plan.space,
         sources=study.plan.study.sources,
+        strategy=study.plan.study.strategy,
+        plateau_after=study.plan.study.plateau_after,
         read=read,
         target=study.plan.study.judged_by,
         note=study.note,

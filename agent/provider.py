@@ -51,7 +51,7 @@ def open_model(settings: LlmSettings) -> Any:
     given = {
         "timeout": settings.timeout_s,
         "max_retries": 0,
-        "max_tokens": settings.max_output_tokens,
+        "max_tokens": settings.longest_answer,
     }
     given |= {"base_url": settings.base_url, "temperature": settings.temperature}
     if (key := KEYS.get(provider)) and not os.environ.get(key):
@@ -60,6 +60,8 @@ def open_model(settings: LlmSettings) -> Any:
         given["api_key"] = "none"  # a server of one's own asks for none
     if provider == "ollama":
         given["num_predict"] = given.pop("max_tokens")
+        if settings.output == "schema":  # else it cuts the prompt without a word
+            given["num_ctx"] = settings.context_tokens
         given["client_kwargs"] = {"timeout": given.pop("timeout")}
         given.pop("max_retries")
     try:
@@ -76,6 +78,27 @@ def open_model(settings: LlmSettings) -> Any:
         raise StudyError(f"study.llm.model ({settings.model}): {said}") from None
 
 
+def constraint(settings: LlmSettings, schema: dict[str, Any]) -> dict[str, Any]:
+    """How a schema is sent. Raises StudyError where no way is known.
+
+    `json_object` with a schema beside it is llama.cpp's own form: its server in Python refuses
+    `json_schema`. In the raw body, because the client reads an answer to its own `response_format`
+    and fails on one that was cut; and it sends the limit as `max_completion_tokens`, which that
+    server does not know.
+    """
+    provider = str(settings.model).split(":")[0]
+    if provider == "ollama":
+        return {"format": schema}
+    if provider == "openai" and settings.base_url:
+        given = {"type": "json_object", "schema": schema}
+        body = {"response_format": given, "max_tokens": settings.longest_answer}
+        return {"extra_body": body}
+    raise StudyError(
+        f"study.llm.output=schema: not known how {settings.model} takes a schema. Give "
+        "study.llm.base_url of a llama.cpp server, an ollama model, or study.llm.output=tools"
+    )
+
+
 class Caller:
     """The one way to the model in a study."""
 
@@ -83,6 +106,8 @@ class Caller:
         self.settings, self.ledger, self.stop = settings, ledger, stop
         self.show: Callable[[str], None] = lambda doing: None  # for the live view
         self.model = open_model(settings)
+        if settings.output == "schema":
+            constraint(settings, {})  # whether there is a way is best told at the start
         self.prices = Prices(settings)
         caps = settings.cap_dollars
         if not self.prices.known and (caps.call or caps.trial or caps.study):
@@ -92,9 +117,21 @@ class Caller:
                 "in tokens, study.llm.cap_tokens.study=..."
             )
 
-    def ask(self, trial: int, purpose: str, messages: list, tools: list[dict]) -> Any:
-        """The model's answer (AIMessage). Raises CallFailed, Paused or Interrupted."""
+    def ask(
+        self,
+        trial: int,
+        purpose: str,
+        messages: list,
+        tools: list[dict],
+        schema: dict | None = None,
+    ) -> Any:
+        """The model's answer (AIMessage). Raises CallFailed, Paused or Interrupted.
+
+        `schema`: of an answer in JSON, for a server that constrains decoding by it.
+        """
         model = self.model.bind_tools(tools) if tools else self.model
+        if schema:
+            model = self.model.bind(**constraint(self.settings, schema))
         for attempt in range(self.settings.max_retries + 1):
             try:
                 return self._attempt(trial, purpose, model, messages, tools)
@@ -127,7 +164,7 @@ class Caller:
         """What a call can cost, about: all that is sent, and the longest answer."""
         chars = sum(len(str(m.content)) + len(str(getattr(m, "tool_calls", ""))) for m in messages)
         tokens = (chars + len(str(tools))) // CHARS_PER_TOKEN
-        longest = self.settings.max_output_tokens
+        longest = self.settings.longest_answer
         dollars = self.prices.dollars(tokens, longest)
         return {"input_tokens": tokens, "output_tokens": longest, "dollars": dollars}
 

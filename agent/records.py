@@ -76,7 +76,7 @@ def row(trial: Trial) -> dict[str, Any]:
     proposal = trial.proposal
     return {
         "trial": trial.number,
-        "title": plain(proposal.title)[:120],
+        "title": plain(proposal.heading)[:120],
         "source": proposal.source,
         "change": proposal.kind,
         "status": trial.status,
@@ -108,6 +108,8 @@ def open_trial(study: StudyFiles, args: OpenTrial) -> dict[str, Any]:
         "reason": reason_of(trial, MAX_MESSAGE_CHARS),
         "parent": trial.parent,
         "repairs": proposal.repairs,
+        "builds_on": proposal.builds_on,
+        "undoes": proposal.undoes,
         "overrides": proposal.overrides,
         "estimate": [trial.estimate, trial.low, trial.high],
         "lines": f"+{trial.lines_added} -{trial.lines_removed}",

@@ -265,7 +265,7 @@ def run_jobs(study: Study, jobs: list[Job], number: int, num_done: int) -> None:
         replay = line(job, then, now, outcome, noise)
         replay.journal, replay.audit, replay.wall_s = digests[job.trial.number], number, wall_s
         replays.append(study.folder, replay)
-        study.view.end(replay, job.trial.proposal.title)
+        study.view.end(replay, job.trial.proposal.heading)
 
     try:
         restore_data(study)

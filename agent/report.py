@@ -12,7 +12,7 @@ from typing import Any
 from agent import early, promotion_report, replays
 from agent.costs import in_words, of_trials
 from agent.decide import measure_noise, spent
-from agent.journal import Journal, Trial
+from agent.journal import Journal, Trial, counted
 from agent.proposers import mixed
 from agent.target import TARGETS, VAL, Target
 from agent.tracking import Mirror, number, read_identity, read_settings
@@ -189,7 +189,7 @@ def _draw_incumbent(axes, kept: list[Trial], num_trials: int, sigma: float | Non
     axes.plot(x[:-1], y[:-1], "o", color=KEPT, markersize=7, label="kept")
     for trial in kept:
         axes.annotate(
-            _short(trial.proposal.title),
+            _short(trial.proposal.heading),
             (trial.number, trial.score),
             rotation=28,
             xytext=(5, 6),
@@ -253,8 +253,7 @@ def _draw_failed(axes, trials: list[Trial]) -> None:
 
 
 def _headline(journal: Journal, name: str) -> str:
-    kept = journal.lineage
-    counts = f"{len(journal)} trials, {len(kept)} kept"
+    kept, counts = journal.lineage, "{} trials, {} kept".format(*counted(journal.trials))
     if not kept:
         return f"{name}: {counts}"
     return f"{name}: {kept[0].score:.4f} -> {kept[-1].score:.4f} bits per byte, {counts}"
@@ -289,7 +288,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "commit": (trial.commit or "")[:7],
         "memory_gb": first.peak_memory_gb if first else None,
         "status": "crash" if trial.failed else trial.decision,
-        "description": trial.proposal.title,
+        "description": trial.proposal.heading,
         "trial": trial.number,
         "decision": trial.decision,
         "run_status": trial.status,
@@ -356,8 +355,7 @@ def summary(
 
 
 def _opening(journal: Journal, sigma: float | None) -> str:
-    kept = journal.lineage
-    counts = f"{len(journal)} trials, {len(kept)} kept."
+    kept, counts = journal.lineage, "{} trials, {} kept.".format(*counted(journal.trials))
     noise = "" if sigma is None else f" Noise of one seed: sigma {sigma:.4f}."
     if not kept:
         return counts + noise
@@ -418,7 +416,7 @@ def _table(trials: list[Trial], columns: tuple[str, ...]) -> str:
             "estimate": _interval(trial),
             "seeds": str(len(trial.runs)),
             "decision": trial.decision,
-            "what": trial.proposal.title,
+            "what": trial.proposal.heading,
             "hypothesis": trial.proposal.hypothesis,
             "reason": trial.reason,
         }
@@ -448,7 +446,7 @@ def _events(trials: list[Trial]) -> str:
     lines = [
         f"- {number(trial)} ({trial.proposal.source}) {_markdown('; '.join(trial.proposal.events))}"
         for trial in reversed(trials)
-        if trial.proposal.events
+        if trial.proposal.events and trial.proposal.model
     ]
     more = [f"- and {len(lines) - MAX_EVENTS} more trials: the journal has them"]
     return "\n".join(lines[:MAX_EVENTS] + (more if len(lines) > MAX_EVENTS else []))

@@ -23,6 +23,7 @@ from nightshift.fixed.config import (
     require_corpus,
 )
 
+FORM_TOKENS = 256  # of an answer that is a form (agent/form.py): it has a sentence and a value
 HARNESS_KEYS = (
     "parent_run_id",
     "run_name",
@@ -32,7 +33,16 @@ HARNESS_KEYS = (
     "tracking",
 )  # not what is learned
 # When a study is started again:
-MAY_CHANGE = ("trials", "warm", "keep_checkpoints", "llm", "outside_wait_s", "early_stop")
+MAY_CHANGE = (
+    "trials",
+    "warm",
+    "keep_checkpoints",
+    "llm",
+    "outside_wait_s",
+    "strategy",  # says what is tried next, and nothing of what was tried
+    "plateau_after",
+    "early_stop",
+)
 
 
 class StudyError(RuntimeError):
@@ -84,6 +94,8 @@ class LlmSettings(Group):
     model: str | None  # provider:name
     base_url: str | None
     temperature: float | None = Field(ge=0, le=2)
+    output: Literal["tools", "schema"] = "tools"
+    context_tokens: int = Field(default=2048, ge=1024)  # with output=schema
     max_output_tokens: int = Field(ge=256)
     timeout_s: float = Field(gt=0)  # for one answer, to its last byte
     max_retries: int = Field(ge=0, le=20)
@@ -95,6 +107,11 @@ class LlmSettings(Group):
     cap_dollars: Caps
     cap_tokens: Caps
     trace: bool
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens."""
+        return FORM_TOKENS if self.output == "schema" else self.max_output_tokens
 
 
 class StudySettings(Group):
@@ -109,6 +126,8 @@ class StudySettings(Group):
     false_keeps: float = Field(gt=0, le=100)
     equal_within: float = Field(ge=0, le=2)
     drift_every: int = Field(ge=0)
+    strategy: Literal["greedy", "tree", "islands"] = "greedy"
+    plateau_after: int | None = Field(default=15, ge=1)
     early_stop: float = Field(default=0.05, ge=0, lt=1)
     sources: dict[str, float]
     outside_wait_s: float = Field(default=300.0, ge=0)

@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from agent.journal import Journal, Run, Trial
+from agent.journal import Journal, Run, Trial, counted
 from agent.traces import write_traces
 from nightshift.fixed.config import digest, flatten
 from nightshift.fixed.result import (
@@ -216,6 +216,8 @@ class Mirror:
             "decision": trial.decision,
             "reason": trial.reason,
             "title": proposal.title,
+            "builds_on": _numbers(proposal.builds_on),
+            "undoes": _numbers(proposal.undoes),
             "hypothesis": proposal.hypothesis,
             "source": proposal.source,
             "change": proposal.kind,
@@ -287,10 +289,9 @@ class Mirror:
         if self.run.run_id is None or not self.trials:
             return
         trials = [trial for _, trial in sorted(self.trials.items())]
-        kept = [trial for trial in trials if trial.decision == "keep"]
+        (count, kept), last = counted(trials), trials[-1].number
         sigma = read_settings(self.folder).get("sigma")
-        last = trials[-1].number
-        self.run.metrics({"trials": len(trials), "kept": len(kept), "sigma": sigma}, step=last)
+        self.run.metrics({"trials": count, "kept": kept, "sigma": sigma}, step=last)
         self.run.describe(study_note(self.name, trials, sigma))
 
 
@@ -298,10 +299,14 @@ def number(trial: Trial) -> str:
     return f"{trial.number:03d}"
 
 
+def _numbers(trials: list[int]) -> str | None:
+    return " ".join(f"{n:03d}" for n in trials) or None
+
+
 def run_name(trial: Trial) -> str:
     """Number and verdict first: MLflow's table cuts the name of a child after 12 characters."""
     sign = "x" if trial.failed else SIGNS[trial.decision]
-    return f"{number(trial)} {sign} {trial.proposal.title}"
+    return f"{number(trial)} {sign} {trial.proposal.heading}"
 
 
 def journal_digest(trial: Trial) -> str:
@@ -346,9 +351,10 @@ def trial_note(trial: Trial) -> str:
         f"- edit of `{path}`" for path in dict.fromkeys(e.path for e in trial.proposal.edits)
     ]
     paragraphs = [
-        f"{verdict}, {result}{gain}: {trial.proposal.title}.",
+        f"{verdict}, {result}{gain}: {trial.proposal.heading}.",
         f"**Hypothesis.** {trial.proposal.hypothesis}",
         f"**Decision.** {trial.reason}",
+        "\n".join(f"- {event}" for event in trial.proposal.events),
         "\n".join(changes),
     ]
     return "\n\n".join(filter(None, paragraphs))
@@ -356,7 +362,7 @@ def trial_note(trial: Trial) -> str:
 
 def study_note(name: str, trials: list[Trial], sigma: float | None) -> str:
     kept = [trial for trial in trials if trial.decision == "keep"]
-    counts = f"{len(trials)} trials, {len(kept)} kept"
+    counts = "{} trials, {} kept".format(*counted(trials))
     lines = [f"Study {name}: {counts}."]
     if kept:
         lines = [f"{kept[0].score:.4f} -> {kept[-1].score:.4f} bits per byte, {counts}."]
@@ -366,7 +372,7 @@ def study_note(name: str, trials: list[Trial], sigma: float | None) -> str:
     lines += ["", f"| trial | {name} | gain | what |", "|---|---|---|---|"]
     for t in kept:
         gain = "" if t.gain is None else f"{t.gain:+.4f}"
-        lines.append(f"| {number(t)} | {t.score:.4f} | {gain} | {t.proposal.title} |")
+        lines.append(f"| {number(t)} | {t.score:.4f} | {gain} | {t.proposal.heading} |")
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agent.costs import in_words, of_trials
-from agent.journal import Journal, Trial
+from agent.journal import Journal, Trial, counted
 from agent.target import VAL, Target
 from nightshift.fixed.config import flatten
 
@@ -106,7 +106,7 @@ def _cells(trial: Trial) -> list[str]:
         "-" if trial.score is None else f"{trial.score:.4f}",
         "-" if trial.gain is None else f"{trial.gain:+.4f}",
         trial.decision,
-        trial.proposal.title + (f" ({message})" if message else ""),
+        trial.proposal.heading + (f" ({message})" if message else ""),
     ]
 
 
@@ -122,12 +122,12 @@ def summary(
     kept = [trial for trial in journal.lineage if trial.number]
     numbers = f"{best.score:.4f} (baseline {baseline.score:.4f})"
     lines = ["---", f"{target.name + ':':12} {numbers}"]
-    lines.append(f"{'trials:':12} {len(journal) - 1}, {len(kept)} kept")
+    lines.append("{:12} {}, {} kept".format("trials:", *counted(journal.trials)))
     what = [
         f"{key} {before} -> {after}"
         for key, before, after in changes(_values(folder, baseline), _values(folder, best))
     ]
-    what += [f"code: {t.proposal.title} (trial {t.number})" for t in kept if t.proposal.edits]
+    what += [f"code: {t.proposal.heading} (trial {t.number})" for t in kept if t.proposal.edits]
     what = what or ["the baseline's configuration: nothing was better"]
     lines += [f"{'best:' if not i else '':12} {change}" for i, change in enumerate(what)]
     if usage := of_trials(journal.trials):

@@ -3,7 +3,7 @@
 Every change is a code edit that no arithmetic, or only its rounding or the random numbers of the
 start, can tell from the incumbent:
 
-    comment    a line more
+    comment    a line more; it is the incumbent's own computation, so it has to say `repeats`
     rename     a local variable
     swap       two definitions change places
     rounding   the same formula, rounded differently
@@ -93,6 +93,8 @@ def propose(context: Context) -> Proposal | None:
                     hypothesis="Nothing changes but the text, the rounding or the draw.",
                     source="nothing",
                     edits=[edit],
+                    differs="the text, and nothing else",  # else the gate refuses most of them
+                    repeats=context.journal.incumbent.number if kind == "comment" else None,
                 )
     return None
 

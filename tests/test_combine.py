@@ -65,6 +65,19 @@ def test_changes_that_get_in_each_others_way_are_not_combined(tmp_path):
     assert ask(combine, tmp_path, [a_trial(1, depth, 0.1), a_trial(2, heads, 0.1)]) is None
 
 
+def test_an_edit_that_would_fit_twice_is_not_made_twice(tmp_path):
+    """It inserts beside what it searches for: on top of itself, and after a keep that has it."""
+    insert = change("A = 1", "A = 1\nE = 1")
+    on_it = change("A = 1", "A = 1\nE = 1", optim__matrix_lr=0.03)
+    on_it.builds_on = [1]
+    near_misses = [a_trial(1, insert, 0.003), a_trial(2, on_it, 0.004)]
+    assert ask(combine, tmp_path, near_misses) is None
+    kept = a_trial(2, on_it, 0.01, "keep")
+    assert ask(combine, tmp_path, [near_misses[0], kept], "A = 1\nE = 1\n") is None
+    kept.proposal = change("B = 1", "B = 2")
+    assert ask(combine, tmp_path, [near_misses[0], kept], "A = 1\nB = 2\n").edits == insert.edits
+
+
 def test_a_near_miss_is_tried_again_beside_what_was_kept_since(tmp_path):
     trials = [
         a_trial(1, change("A = 1", "A = 2"), 0.002),

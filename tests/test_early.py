@@ -18,7 +18,7 @@ from agent.early import MAX_BYTES, Limit, Past, Tail, Watch, compared, dev_point
 from agent.journal import Journal, Proposal, Run, Trial
 from agent.loop import main
 from agent.prompt import failed_idea
-from agent.proposers import sampler
+from agent.proposers import history
 from agent.proposers.combine import is_near_miss
 from agent.warm import marked_processes
 from agent.workspace import Refused
@@ -135,9 +135,10 @@ def test_a_stopped_trial_is_a_loser_and_no_failure_to_be_repaired(tmp_path):
 def test_the_sampler_learns_where_it_was_bad(tmp_path):
     journal = Journal(tmp_path / "journal.jsonl")
     journal.trials = [baseline(), stopped(1, overrides={"optim.matrix_lr": 0.4})]
-    context = SimpleNamespace(journal=journal, baseline={"optim": {"matrix_lr": 0.02}})
-    values, score = sampler._results(context)[1]
-    assert values == {"optim.matrix_lr": 0.4} and score == pytest.approx(2.3)
+    context = SimpleNamespace(journal=journal, memory=[], baseline={"optim": {"matrix_lr": 0.02}})
+    result = history.results(context)[1]
+    assert result.values == {"optim.matrix_lr": 0.4}
+    assert result.score == pytest.approx(2.3 - journal.trials[0].score)
 
 
 @pytest.mark.parametrize(

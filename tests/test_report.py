@@ -182,7 +182,7 @@ def test_the_parent_shows_the_best_so_far(study):
     best = [point.value for point in sorted(history, key=lambda point: point.step)]
     assert best == [2.2] + [2.181235] * 5
     parent = study.store.client.get_run(study.mirror.run.run_id)
-    assert (parent.data.metrics["trials"], parent.data.metrics["kept"]) == (6, 2)
+    assert (parent.data.metrics["trials"], parent.data.metrics["kept"]) == (5, 1)
     assert parent.data.metrics["sigma"] == 0.003 and parent.data.tags["study"] == "night"
 
 

@@ -9,7 +9,7 @@ The most promising first, by the sum of the estimates; each combination once for
 from itertools import combinations
 
 from agent.journal import Journal, Proposal, Trial
-from agent.proposers import Context, is_valid, misfit
+from agent.proposers import Context, is_valid, misfit, shares_edit
 from nightshift.fixed.config import flatten
 
 MOST = 8  # near misses that are combined: the best ones
@@ -60,7 +60,14 @@ def together(parts: tuple[Trial, ...], incumbent: Trial) -> Proposal:
 
 def fits(parts: tuple[Trial, ...], proposal: Proposal, context: Context) -> bool:
     """Does each part still change something, and none what another one changes?"""
-    values = flatten(context.values)
+    values, lineage = flatten(context.values), context.journal.lineage
+    kept = [
+        (t.proposal, later.proposal) for t in parts for later in lineage if later.number > t.number
+    ]
+    if any(shares_edit(a.proposal, b.proposal) for a, b in combinations(parts, 2)):
+        return False  # one was put on top of the other (strategy.py)
+    if any(shares_edit(mine, later) for mine, later in kept):
+        return False
     keys = [key for t in parts for key in t.proposal.overrides]
     if len(set(keys)) < len(keys) or any(k not in values for k in keys):
         return False

@@ -18,6 +18,8 @@ from typing import Any
 from agent import prompt, tools
 from agent.answer import Answer, StudyFiles, check_answer, read_answer
 from agent.costs import Ledger
+from agent.form import SYSTEM as FORM_RULES
+from agent.form import Form
 from agent.journal import Proposal
 from agent.lines import append_line, read_lines
 from agent.notes import MAX_NOTES, read_notes
@@ -53,6 +55,8 @@ class Researcher:
         """None when it has no valid answer; the ledger has the reason. Raises Paused."""
         number = context.number
         try:
+            if self.settings.output == "schema":
+                return self._fill_form(number)
             lessons = self._lessons(number)
             return self._converse(number, lessons)
         except CallFailed as failed:
@@ -93,6 +97,30 @@ class Researcher:
             if refused > self.settings.max_refusals:
                 return self._give_up(number, f"{refused} answers did not apply")
         return self._give_up(number, f"no valid proposal within {self.settings.max_calls} calls")
+
+    def _fill_form(self, number: int) -> Proposal | None:
+        """Each attempt is asked anew, so that it fits; it is told what was refused before."""
+        from langchain_core.messages import HumanMessage, SystemMessage
+
+        notes, form = read_notes(self.files.folder)[-MAX_NOTES:], Form(self.files)
+        self.shown[number] = [note["number"] for note in notes]
+        attempts = min(self.settings.max_calls, self.settings.max_refusals + 1)
+        for attempt in range(1, attempts + 1):
+            if not (schema := form.schema()):
+                return self._give_up(number, "every value of space was tried from this incumbent")
+            asked = form.message(notes, self.settings.context_tokens)
+            messages = [SystemMessage(FORM_RULES), HumanMessage(asked)]
+            talk = Talk(self.files.folder, number, messages)
+            answer = self.caller.ask(number, "proposal", messages, [], schema)
+            talk.add(shortened(answer), self.ledger.last)
+            values = None
+            try:
+                values = form.read(_text(answer.content))
+                return self._check(values)
+            except (Refused, StudyError) as refusal:
+                form.refuse(str(refusal), values)
+                self.ledger.event(number, f"answer {attempt} refused: {_cut(str(refusal))}")
+        return self._give_up(number, f"{attempts} answers did not apply")
 
     def _give_up(self, number: int, why: str) -> None:
         self.ledger.event(number, f"{self.settings.model} gave no proposal: {_cut(why)}")

@@ -10,17 +10,23 @@ fading as in Raj and Kalyani 2017, arXiv 1707.09727).
 However a source does, it keeps FLOOR of its share: one that is a whole turn behind that is asked
 first. A source that has nothing to propose passes its turn to the next.
 
+Where the proposal is put, on the incumbent or on a stem, and who is asked first on a plateau is for
+strategy.py to say. A source that finds nothing on a stem is asked again on the incumbent.
+
 A pure function of the sources, the seed and the journal: a study can be told again.
 """
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
+from agent import strategy
 from agent.journal import Proposal, Trial
-from agent.proposers import Context, combine, recipes, sampler, simplify
+from agent.proposers import Context, cmaes, combine, recipes, sampler, simplify
 
 PROPOSERS = {
     "sampler": sampler.propose,
+    "cmaes": cmaes.propose,
     "recipes": recipes.propose,
     "combine": combine.propose,
     "simplify": simplify.propose,
@@ -39,13 +45,33 @@ def propose(context: Context) -> Proposal | None:
     names = ranking(context.journal.trials, context.sources, context.seed, context.number)
     if context.researcher:
         names += [name for name in FALLBACK if name not in names]
-    found = (PROPOSERS[name](context) for name in names)
+    move = strategy.next_move(context)
+    if move.why:
+        context.note(
+            f"plateau: {context.plateau_after} trials without a keep since trial "
+            f"{context.journal.incumbent.number}; structural moves and earlier ancestors take turns"
+        )
+    found = (ask(name, context, move) for name in strategy.order(names, move))
     proposal = next(filter(None, found), None)
     if proposal is None and context.sources.get("outside"):
         proposal = context.outside(True)  # for as long as it takes: nobody else has anything
     if proposal and context.researcher:
         context.researcher.sign(context.number, proposal)
+    if proposal and move.why:
+        proposal.events = [*proposal.events, move.why]
     return proposal
+
+
+def ask(name: str, context: Context, move: strategy.Move) -> Proposal | None:
+    """One source: on the stem, if it can use one, else on the incumbent."""
+    propose_there = PROPOSERS[name]
+    context = replace(context, wide=move.kind == "structural")
+    if name in strategy.STEM_SOURCES and not move.stem.is_empty:
+        there = context.on(move.stem)
+        proposal = propose_there(there)
+        if whole := proposal and there.off(proposal):
+            return whole
+    return propose_there(context)
 
 
 def ranking(

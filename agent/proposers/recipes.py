@@ -9,7 +9,8 @@ another target than val_bpb is judged, recipes/<target>/*.yaml.
 
 `search` occurs exactly once in the file. A recipe that no longer fits the incumbent's code is left
 out with a note; it is no trial. In a study that begins after another one, what that one kept is
-left out, and what it tried in vain comes last.
+left out, and what it tried in vain comes last. Where kept changes are taken out (strategy.py), only
+recipes that need this are tried.
 """
 
 import random
@@ -40,6 +41,8 @@ def propose(context: Context, folder: Path | None = None) -> Proposal | None:
         if why := misfit(recipe, context.read):
             context.note(f"recipe '{recipe.title}' left out: {why}")
             continue
+        if context.stem.undoes and not misfit(recipe, context.root.read):
+            continue  # its one trial is not spent beside the loss of what is taken out
         return recipe
     return None
 

@@ -1,0 +1,187 @@
+"""Who finds a better configuration for the same trial-seconds?
+
+    python benchmarks/search [key=value ...]
+
+    repeats=20   of each search, on the surrogate (landscape.py)
+    runs=300     trial-seconds of a search, in runs of the baseline
+    only=words   searches whose name has one of these (comma)
+    real=true    real runs instead of the surrogate (about repeats x runs x 4 s of CPU for a search)
+    seed=0
+
+Needs the runs of collect.py (25 minutes of one core). Prints tables, writes
+benchmarks/out/search/{surrogate,real}.json and, for the surrogate, draws docs/img/search.png.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+from landscape import Landscape
+from runs import OUT, Point, Runner, Score, Setting
+from searches import RIVALS, ours
+from tqdm import tqdm
+
+from nightshift.fixed.config import ROOT
+
+OURS = {
+    "nightshift": {},
+    "nightshift, tree": {"strategy": "tree"},
+    "nightshift, islands": {"strategy": "islands"},
+    "nightshift, greedy": {"strategy": "greedy"},
+    "nightshift, greedy, no plateau moves": {"strategy": "greedy", "plateau_after": None},
+    "nightshift, with CMA-ES": {
+        "sources": {"cmaes": 1, "recipes": 1, "combine": 0.5, "simplify": 0.25}
+    },
+}
+TARGET_AFTER = 100  # random trials
+FRESH = (9001, 9002, 9003)  # seeds on which real results are measured again
+
+
+class Told(NamedTuple):
+    """One search: at each step the seconds, the trials, and what it would deliver is worth."""
+
+    seconds: list[float]
+    trials: list[int]
+    values: list[float]
+
+    def at(self, seconds: float) -> float:
+        """The value of what is delivered after so many seconds."""
+        done = [v for s, v in zip(self.seconds, self.values, strict=True) if s <= seconds]
+        return done[-1] if done else self.values[0]
+
+    def reached(self, value: float) -> tuple[float, int] | None:
+        """(seconds, trials) when it first delivers this or better."""
+        for seconds, trials, now in zip(*self, strict=True):
+            if now <= value:
+                return seconds, trials
+        return None
+
+
+def follow(search, setting: Setting, evaluate, worth: Callable, horizon: float, seed: int) -> Told:
+    told, last = Told([], [], []), None
+    for seconds, trials, point in search(setting, evaluate, seed):
+        if seconds > horizon and told.seconds:
+            break
+        if point != last:
+            value, last = worth(point), point
+        for column, entry in zip(told, (seconds, trials, value), strict=True):
+            column.append(entry)
+    return told
+
+
+def main() -> None:
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:])
+    real, seed = given.get("real") == "true", int(given.get("seed", 0))
+    repeats, runs = int(given.get("repeats", 5 if real else 20)), float(given.get("runs", 300))
+    words = [word for word in given.get("only", "").split(",") if word]
+    searches = {name: partial(ours, **changes) for name, changes in OURS.items()} | RIVALS
+    searches = {n: s for n, s in searches.items() if not words or any(w in n for w in words)}
+    setting = Setting()
+    with Runner(setting) as runner:
+        land = Landscape(setting, runner.known)
+        horizon = runs * land.costs[""]
+        told: dict[str, list[Told]] = {name: [] for name in searches}
+        for repeat in tqdm(range(seed, seed + repeats), desc="repeats"):
+            shift = 1000 * (repeat + 1)
+
+            def evaluate(point: Point, number: int, shift: int = shift) -> Score:
+                return runner(point, shift + number) if real else land(point, shift + number)
+
+            worth = partial(measured, runner) if real else land.truth
+            for name, search in searches.items():
+                told[name].append(follow(search, setting, evaluate, worth, horizon, repeat))
+                save(told, real)
+    report(told, land, horizon, real)
+
+
+def measured(runner: Runner, point: Point) -> float:
+    """The mean on fresh seeds; not paid for by the search."""
+    return statistics.mean(runner(point, seed).val_bpb for seed in FRESH)
+
+
+def save(told: dict[str, list[Told]], real: bool) -> None:
+    (OUT / ("real.json" if real else "surrogate.json")).write_text(json.dumps(told))
+
+
+def report(told: dict[str, list[Told]], land: Landscape, horizon: float, real: bool) -> None:
+    unit = land.costs[""]
+    target, name = target_of(told, unit)
+    print(
+        f"{'real runs' if real else 'surrogate'}; {unit:.2f} s a run, "
+        f"{horizon / unit:.0f} runs a search"
+    )
+    if target:
+        print(f"target: {target:.4f}, the median best of {TARGET_AFTER} trials of '{name}'")
+    checks = [n for n in (30, 100, 300) if n * unit <= horizon * 1.01] or [horizon / unit]
+    head = " | ".join(f"after {n:g} runs" for n in checks)
+    print(f"\n| search | {head} | target reached | runs (trials) to the target |")
+    print("|---" * (3 + len(checks)) + "|")
+    for name, ends in told.items():
+        cells = []
+        for n in checks:
+            values = [one.at(n * unit) for one in ends]
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            cells.append(f"{statistics.mean(values):.4f} ± {spread:.4f}")
+        reached = [one.reached(target) for one in ends] if target else []
+        times = [r[0] / unit if r else float("inf") for r in reached]
+        trials = [r[1] if r else float("inf") for r in reached]
+        share = f"{sum(map(bool, reached))} of {len(ends)}" if target else ""
+        cost = f"{statistics.median(times):.0f} ({statistics.median(trials):.0f})" if target else ""
+        print(f"| {name} | {' | '.join(cells)} | {share} | {cost} |")
+    if not real:
+        draw(told, unit, horizon)
+
+
+def target_of(told: dict[str, list[Told]], unit: float) -> tuple[float | None, str]:
+    """The better of the random searches."""
+    best = {
+        name: statistics.median(one.at(TARGET_AFTER * unit) for one in ends)
+        for name, ends in told.items()
+        if name.startswith("random")
+    }
+    name = min(best, key=best.get, default="")
+    return best.get(name), name
+
+
+def draw(told: dict[str, list[Told]], unit: float, horizon: float) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colors = (
+        "#0072B2",
+        "#56B4E9",
+        "#009E73",
+        "#D55E00",
+        "#E69F00",
+        "#CC79A7",
+        "#999999",
+        "#000000",
+    )
+    shown = [n for n in told if n == "nightshift" or n in RIVALS]
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    grid = [unit * n for n in range(1, int(horizon / unit) + 1)]
+    for color, name in zip(colors, shown, strict=False):
+        curves = [[one.at(s) for s in grid] for one in told[name]]
+        middle = [statistics.median(column) for column in zip(*curves, strict=True)]
+        axes.plot(
+            [s / unit for s in grid],
+            middle,
+            color=color,
+            lw=2.5 if name == "nightshift" else 1.2,
+            label=name,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("trial-seconds, in runs of the baseline")
+    axes.set_ylabel("true val_bpb of what is delivered")
+    axes.legend(frameon=False, fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(ROOT / "docs/img/search.png", dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""Where proposals are put: stems, plateaus and merged changes, on journals that are made up."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from standin import behave, bonus, journal_of, make_project, overrides, run_git, script
+from test_combine import MODEL, change
+from test_proposers import VALUES, context
+
+from agent import strategy
+from agent.journal import Edit, Proposal, Run, Trial
+from agent.loop import main
+from agent.proposers import Context, mixed, recipes, sampler
+from agent.strategy import ISLANDS, MAX_CHANGES, MIGRATION
+from nightshift.fixed.config import flatten
+
+TEXT = "A = 1\nB = 1\nC = 1\nD = 1\n"
+SD = 0.001
+
+
+def a_trial(number, proposal, estimate, decision="discard", parent=0, status="ok") -> Trial:
+    score = 2.3 - (estimate or 0.0)
+    return Trial(
+        number=number,
+        proposal=proposal,
+        parent=parent,
+        status=status,
+        decision=decision,
+        reason="",
+        estimate=estimate,
+        low=None if estimate is None else estimate - 2.15 * SD,
+        high=None if estimate is None else estimate + 2.15 * SD,
+        val_bpb=score,
+        runs=[Run(seed=1, status="ok", val_bpb=score)],
+    )
+
+
+def on(number: int, proposal: Proposal, *edits: Proposal) -> Proposal:
+    """The proposal as it is on top of an earlier trial's, `edits`."""
+    whole = [edit for one in edits for edit in one.edits]
+    return replace(proposal, builds_on=[number], edits=[*whole, *proposal.edits])
+
+
+def losers(first: int, count: int) -> list[Trial]:
+    return [a_trial(first + n, change(optim__matrix_lr=0.021 + n / 1000), -0.01)
+            for n in range(count)]  # fmt: skip
+
+
+def at(tmp_path, trials, number=None, text=TEXT, **changes) -> Context:
+    given = {"strategy": "tree", "read": lambda path: text if path == MODEL else None}
+    return context(tmp_path, number or len(trials) + 1, trials, **given | changes)
+
+
+def stems(now: Context, draws: int = 200) -> list[tuple[int, ...]]:
+    return [strategy.next_move(replace(now, seed=s)).stem.builds_on for s in range(draws)]
+
+
+# ---- nodes and tree ----
+
+
+def test_greedy_always_proposes_on_the_incumbent(tmp_path):
+    now = at(tmp_path, [a_trial(1, change("A = 1", "A = 2"), 0.1)], strategy="greedy")
+    assert set(stems(now)) == {()}
+
+
+def test_the_tree_returns_to_a_near_miss_more_often_than_to_a_loser(tmp_path):
+    estimates = ((1, "A", 0.003), (2, "B", 0.001), (3, "C", -0.01))
+    near, fair, bad = (
+        a_trial(number, change(f"{name} = 1", f"{name} = 2"), estimate)
+        for number, name, estimate in estimates
+    )
+    seen = stems(at(tmp_path, [near, fair, bad]))
+    counts = {place: seen.count(place) for place in ((), (1,), (2,), (3,))}
+    assert counts[(1,)] > 3 * counts[(2,)] > 0 == counts[(3,)]
+    assert 40 < counts[()] < 100, "a third are drafts on the incumbent"
+
+
+def test_each_child_that_was_no_better_makes_a_node_less_attractive(tmp_path):
+    node = a_trial(1, change("A = 1", "A = 2"), 0.002)
+    counts = []
+    for children in range(4):
+        trials = [node] + [
+            a_trial(2 + n, on(1, change("B = 1", f"B = {2 + n}"), node.proposal), -0.004)
+            for n in range(children)
+        ]
+        counts.append(stems(at(tmp_path, trials)).count((1,)))
+    assert counts[0] > 100 and counts == sorted(counts, reverse=True) and counts[3] < counts[0] / 2
+
+
+def test_stems_follow_from_seed_number_and_journal_alone(tmp_path):
+    trials = [a_trial(n, change(f"{c} = 1", f"{c} = 2"), 0.001) for n, c in enumerate("ABCD", 1)]
+    for name in ("tree", "islands"):
+        now = at(tmp_path, trials, strategy=name)
+        told = [strategy.next_move(replace(now, number=n)).stem for n in range(1, 40)]
+        assert told == [strategy.next_move(replace(now, number=n)).stem for n in range(1, 40)]
+        assert len({stem.builds_on for stem in told}) > 2 - (name == "islands")
+    assert stems(at(tmp_path, trials)) == stems(at(tmp_path, trials))
+
+
+@pytest.mark.parametrize(
+    ("trials", "text"),
+    [
+        pytest.param([], TEXT.replace("A = 1", "A = 7"), id="its text is gone"),
+        pytest.param(
+            [a_trial(2, change("A = 1", "A = 1\nE = 1"), 0.01, "keep")],
+            TEXT + "E = 1\n",
+            id="it was kept since and would fit once more",
+        ),
+    ],
+)
+def test_a_branch_that_does_not_fit_the_incumbent_is_left_out(tmp_path, trials, text):
+    node = a_trial(1, change("A = 1", "A = 1\nE = 1"), 0.1)
+    assert (1,) in stems(at(tmp_path, [node])), "it fitted before"
+    assert set(stems(at(tmp_path, [node, *trials], text=text))) == {()}
+
+
+def test_values_that_the_incumbent_has_by_now_are_no_stem(tmp_path):
+    lr = flatten(VALUES)["optim.matrix_lr"]
+    assert set(stems(at(tmp_path, [a_trial(1, change(optim__matrix_lr=lr), 0.1)]))) == {()}
+    assert (1,) in stems(at(tmp_path, [a_trial(1, change(optim__matrix_lr=2 * lr), 0.1)]))
+
+
+def test_what_failed_or_is_long_already_is_no_stem(tmp_path):
+    failed = a_trial(1, change("A = 1", "A = 2"), None, status="crash")
+    long = a_trial(2, change("B = 1", "B = 2"), 0.1)
+    long.proposal.builds_on = list(range(MAX_CHANGES - 1))
+    assert set(stems(at(tmp_path, [failed, long]))) == {()}
+    long.proposal.builds_on.pop()
+    assert (*long.proposal.builds_on, 2) in stems(at(tmp_path, [failed, long]))
+
+
+def test_a_proposal_on_a_stem_is_one_change_of_the_incumbent(tmp_path):
+    node = a_trial(1, change("A = 1", "A = 2", optim__momentum=0.91), 0.1)
+    now = next(
+        one for seed in range(9) if (one := at(tmp_path, [node], seed=seed))
+        and not strategy.next_move(one).stem.is_empty
+    )  # fmt: skip
+    there = now.on(strategy.next_move(now).stem)
+    assert there.read(MODEL) == TEXT.replace("A = 1", "A = 2") and there.read("other.py") is None
+    assert there.values["optim"]["momentum"] == 0.91 != now.values["optim"]["momentum"]
+    proposal = mixed.propose(replace(now, sources={"sampler": 1}))
+    assert proposal.builds_on == [1] and proposal.edits == node.proposal.edits
+    assert proposal.overrides["optim.momentum"] != flatten(VALUES)["optim.momentum"]
+    assert len(proposal.overrides) >= 1 and proposal.heading == f"{proposal.title} (on 001)"
+
+
+def test_sources_that_cannot_use_a_stem_propose_on_the_incumbent(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setitem(
+        mixed.PROPOSERS, "combine", lambda c: asked.append(c.stem) or change("B = 1", "B = 2")
+    )
+    node = a_trial(1, change("A = 1", "A = 2"), 0.1)
+    for seed in range(9):
+        proposal = mixed.propose(at(tmp_path, [node], seed=seed, sources={"combine": 1}))
+        assert proposal.builds_on == [] and len(proposal.edits) == 1
+    assert all(stem.is_empty for stem in asked)
+
+
+# ---- islands ----
+
+
+def test_an_island_takes_what_is_better_than_its_own_on_its_turn_without_proof(tmp_path):
+    estimates = {1: 0.001, 2: -0.002, 3: 0.002, 4: 0.0005, 5: 0.004, 7: 0.003}
+    trials = [
+        a_trial(n, change("A = 1", f"A = {n + 1}"), estimates.get(n, -1)) for n in range(1, 8)
+    ]
+    held = strategy.islands(at(tmp_path, trials, strategy="islands"))
+    assert [t and t.number for t in held] == [3, 7, 5]
+    now = at(tmp_path, trials, strategy="islands")
+    turns = [strategy.next_move(replace(now, number=n)).stem.builds_on for n in (8, 9, 10)]
+    assert turns == [(5,), (3,), (7,)] and ISLANDS == 3
+
+
+def test_the_worst_island_goes_on_from_the_best_or_from_the_incumbent(tmp_path):
+    trials = [a_trial(n, change("A = 1", f"A = {n + 1}"), n / 1000) for n in (1, 2, 3)]
+    trials += losers(4, MIGRATION - 5)
+    before = strategy.islands(at(tmp_path, trials, strategy="islands"))
+    assert [t.number for t in before] == [3, 1, 2]
+    trials += losers(MIGRATION - 1, 1)
+    told = [strategy.islands(at(tmp_path, trials, seed=s, strategy="islands")) for s in range(20)]
+    assert {tuple(t and t.number for t in held) for held in told} == {(3, 3, 2), (3, None, 2)}
+
+
+def test_islands_whose_stem_fits_no_more_begin_anew(tmp_path):
+    trials = [a_trial(n, change(f"{c} = 1", f"{c} = 2"), 0.002) for n, c in enumerate("ABC", 1)]
+    trials.append(a_trial(4, change("A = 1", "A = 3"), 0.01, "keep"))
+    now = at(tmp_path, trials, text=TEXT.replace("A = 1", "A = 3"), strategy="islands")
+    assert [t and t.number for t in strategy.islands(now)] == [3, None, 2]
+
+
+# ---- plateau ----
+
+
+def plateau(tmp_path, trials, **changes) -> Context:
+    return at(tmp_path, trials, **{"strategy": "greedy", "plateau_after": 3} | changes)
+
+
+def moves(tmp_path, trials, **changes) -> list[str]:
+    return [
+        strategy.next_move(plateau(tmp_path, trials[:n], **changes)).kind
+        for n in range(len(trials) + 1)
+    ]
+
+
+def test_a_plateau_alternates_structural_moves_and_ancestors_and_ends_with_a_keep(tmp_path):
+    kept = a_trial(1, change(optim__momentum=0.9), 0.01, "keep")
+    trials = [kept, *losers(2, 7), a_trial(9, change(optim__beta1=0.9), 0.01, "keep", 1)]
+    values = {**VALUES, "optim": {**VALUES["optim"], "momentum": 0.9}}
+    assert moves(tmp_path, trials, values=values) == [
+        "usual", "usual", "usual", "usual",
+        "structural", "branch", "structural", "branch", "structural", "usual",
+    ]  # fmt: skip
+    assert set(moves(tmp_path, trials, plateau_after=None)) == {"usual"}
+
+
+def test_on_a_plateau_code_goes_first_and_values_move_over_their_range(tmp_path, monkeypatch):
+    trials = losers(1, 3)
+    names = ["sampler", "simplify", "recipes", "combine"]
+    structural = strategy.next_move(plateau(tmp_path, trials))
+    assert strategy.order(names, structural) == ["recipes", "combine", "sampler", "simplify"]
+    branch = structural._replace(kind="branch")
+    assert strategy.order(names, branch) == ["sampler", "recipes", "simplify", "combine"]
+    assert strategy.order(names, strategy.Move()) == names
+    monkeypatch.setitem(mixed.PROPOSERS, "recipes", lambda context: None)
+    told: list[str] = []
+    rates, usual = [], []
+    for seed in range(60):
+        now = plateau(tmp_path, trials, seed=seed, sources={"sampler": 1}, note=told.append)
+        proposal = mixed.propose(now)
+        assert proposal.events == ["plateau: 3 trials without a keep"]
+        rates.append(proposal.overrides.get("optim.matrix_lr", 0.02))
+        before = mixed.propose(replace(now, plateau_after=None))
+        assert before.events == []
+        usual.append(before.overrides.get("optim.matrix_lr", 0.02))
+    assert min(rates) < 0.0065 < min(usual) and max(usual) < 0.054 < max(rates)
+    assert set(told) == {
+        "plateau: 3 trials without a keep since trial 0; structural moves and earlier ancestors "
+        "take turns"
+    }
+
+
+def test_a_branch_from_an_ancestor_takes_out_one_or_two_of_the_newest_keeps(tmp_path):
+    kept = [
+        a_trial(1, change("A = 1", "A = 2"), 0.01, "keep"),
+        a_trial(2, change("A = 2", "A = 3", optim__momentum=0.9), 0.01, "keep", 1),
+    ]
+    values = {**VALUES, "optim": {**VALUES["optim"], "momentum": 0.9}}
+    undone, momentum = [], flatten(VALUES)["optim.momentum"]
+    for late in (4, 6):
+        trials = [*kept, *losers(3, late)]
+        now = plateau(tmp_path, trials, text=TEXT.replace("A = 1", "A = 3"), values=values)
+        stem = strategy.next_move(now).stem
+        undone.append(stem.undoes)
+        assert stem.overrides == {"optim.momentum": momentum}
+        assert now.on(stem).read(MODEL) == TEXT.replace("A = 1", "A = 2" if late == 4 else "A = 1")
+        proposal = mixed.propose(replace(now, sources={"sampler": 1}))
+        assert proposal.undoes == list(stem.undoes) and proposal.edits[: late // 2 - 1]
+    assert undone == [(2,), (2, 1)]
+    assert proposal.heading == f"{proposal.title} (without 002 and 001)"
+    now = plateau(tmp_path, trials, text="another text\n", values=values)
+    assert strategy.next_move(now).kind == "structural", "it does not come out any more"
+
+
+def test_beside_a_loss_only_recipes_that_need_it_are_tried(tmp_path):
+    folder = tmp_path / "recipes"
+    folder.mkdir()
+    for name, search in (("anywhere", "B = 1"), ("before", "A = 1")):
+        (folder / f"{name}.yaml").write_text(
+            f"title: {name}\nhypothesis: h\n"
+            f"edits: [{{path: {MODEL}, search: {search}, replace: x}}]"
+        )
+    trials = [a_trial(1, change("A = 1", "A = 2"), 0.01, "keep"), *losers(2, 4)]
+    now = plateau(tmp_path, trials, text=TEXT.replace("A = 1", "A = 2"))
+    there = now.on(strategy.next_move(now).stem)
+    assert there.stem.undoes == (1,)
+    assert recipes.propose(there, folder).title == "before"
+    assert recipes.propose(now, folder).title == "anywhere"
+
+
+def test_a_branch_does_not_repeat_what_was_tried_before_the_keep(tmp_path):
+    """Without trial 2 the incumbent is the baseline again, from which 5 was tried already."""
+    space = {"model.depth": sampler_bounds([4, 5])}
+    trials = [
+        a_trial(1, change(model__depth=5), -0.01),
+        a_trial(2, change("A = 1", "A = 2"), 0.01, "keep"),
+    ]
+    now = at(tmp_path, trials, text=TEXT.replace("A = 1", "A = 2"), space=space)
+    assert sampler.propose(now).overrides == {"model.depth": 5}, "with trial 2 it is new"
+    undo = strategy.ancestor_stem(now, 1)
+    assert sampler.propose(now.on(undo)) is None
+
+
+def sampler_bounds(choices):
+    from agent.settings import Bounds
+
+    return Bounds(choices=choices)
+
+
+# ---- in a real worktree ----
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory) -> Path:
+    """A keep, a near miss, then two trials of the loop's own: on the near miss, and a branch."""
+    project = make_project(tmp_path_factory.mktemp("strategy") / "p")
+    near_miss = behave("uneven")
+    script(project, [bonus(0.0, 0.5), near_miss])
+    assert main(ARGUMENTS, project) == 0
+    return project
+
+
+SOURCES = "study.sources={sampler: 1, recipes: 0, combine: 0, simplify: 0}"
+ARGUMENTS = [
+    *overrides(4), SOURCES, "study.strategy=tree", "study.plateau_after=1", "study.seed=0",
+    "study.baseline_seeds=[1,2]", "study.max_seeds=2", "study.false_keeps=0.0001",
+]  # fmt: skip
+
+
+def test_merged_proposals_run_in_the_real_worktree(told):
+    kept, near_miss, on_it, branch = journal_of(told).trials[1:]
+    assert [t.status for t in (kept, near_miss, on_it, branch)] == ["ok"] * 4
+    assert near_miss.decision == "discard" and near_miss.estimate > 0
+    assert on_it.proposal.builds_on == [2] and on_it.parent == 1
+    model = "src/nightshift/model.py"
+    assert 'BEHAVIOUR = "uneven"' in run_git(told, "show", f"{on_it.commit}:{model}")
+    assert branch.proposal.undoes == [1] and branch.parent == 1 and branch.gain < -0.4
+    assert "BONUS = 0.0" in run_git(told, "show", f"{branch.commit}:{model}")
+    assert branch.proposal.events == ["plateau: 2 trials without a keep"]
+    report = (told / "outputs/studies/first/report/summary.md").read_text()
+    assert "(on 002)" in report and "(without 001)" in report
+
+
+def test_a_study_that_was_killed_goes_on_with_the_same_proposal(told, tmp_path):
+    project = shutil.copytree(told, tmp_path / "p", symlinks=True)
+    journal = project / "outputs/studies/first/journal.jsonl"
+    journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-1]))
+    shutil.rmtree(journal.parent / "trials/004")
+    assert main(ARGUMENTS, project) == 0
+    again = journal_of(project).trials
+    assert len(again) == 5 and again[4].proposal == journal_of(told).trials[4].proposal
+
+
+def test_old_proposals_have_no_stem():
+    from agent.journal import proposal_from_json
+
+    old = {"title": "t", "hypothesis": "h", "source": "llm", "overrides": {}, "edits": []}
+    assert proposal_from_json(old).heading == "t"
+    assert Edit(path="p", search="s", replace="r")
