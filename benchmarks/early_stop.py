@@ -89,11 +89,11 @@ def saved_s(folder: Path, trial: Trial) -> tuple[float, ...]:
 
 
 def replay(cases: list[Case], rate: float) -> dict[str, float]:
-    """One pass in this order, as a study would have gone with early stopping."""
+    """One pass in this order, as a study would have gone; counted is what came once it was on."""
     tally = dict.fromkeys(
         ("on", "with_hope", "false", "hopeless", "stopped", "checked", "kept_lost"), 0
     )
-    tally |= {"stated": 0.0, "wall_s": 0.0, "saved_s": 0.0}  # while it was on
+    tally |= {"stated": 0.0, "wall_s": 0.0, "stopped_wall_s": 0.0, "saved_s": 0.0}
     history: list[early.Past] = []
     for case in cases:
         known = early.limit_of(history, case.cut.__gt__, rate)
@@ -124,6 +124,7 @@ def count(tally: dict, case: Case, known: early.Limit, passed: int | None, goes_
         tally["checked" if goes_on else "stopped"] += 1
     if not goes_on:
         tally["saved_s"] += case.saved_s[passed]
+        tally["stopped_wall_s"] += case.wall_s
         tally["kept_lost"] += case.kept
 
 
@@ -156,7 +157,8 @@ def in_words(tally: dict) -> str:
         f"({false / max(1, with_hope):.1%}, 95 % {low:.1%} to {high:.1%}; stated "
         f"{tally['stated'] / max(1, with_hope):.1%}), {tally['kept_lost']} kept trials lost; saved "
         f"{tally['saved_s']:.0f} of {tally['wall_s']:.0f} trial-seconds "
-        f"({tally['saved_s'] / max(1, tally['wall_s']):.1%})"
+        f"({tally['saved_s'] / max(1, tally['wall_s']):.1%}; of those stopped "
+        f"{tally['saved_s'] / max(1, tally['stopped_wall_s']):.0%})"
     )
 
 
@@ -179,21 +181,22 @@ def over_orders(cases: list[Case], rate: float) -> dict[str, float]:
 
 
 def draw(cases: list[Case], path: Path) -> None:
-    """How far behind a trial ever was, against what came out; the limit of all of them."""
+    """How far behind a trial ever was, against what came out."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     shown = [case for case in cases if case.past and any(case.past.behind)]
-    known = early.limit_of([c.past for c in shown if not c.hopeless], lambda gain: False, 1.0)
     figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
-    for hopeless, color, label in ((False, "#0072B2", "with hope"), (True, "#D55E00", "hopeless")):
-        mine = [case for case in shown if case.hopeless == hopeless]
+    for color, label, fits in (
+        ("#56B4E9", "with hope, discarded", lambda case: not case.hopeless and not case.kept),
+        ("#D55E00", "hopeless", lambda case: case.hopeless and not case.kept),
+        ("#0072B2", "kept", lambda case: case.kept),
+    ):
+        mine = [case for case in shown if fits(case)]
         x, y = [max(case.past.behind) for case in mine], [case.past.gain for case in mine]
-        axes.plot(x, y, "o", color=color, markersize=5, alpha=0.8, label=f"{label} ({len(mine)})")
-    label = f"limit: none of {known.trials} with hope was further behind"
-    axes.axvline(known.behind, color="#222222", linewidth=1, linestyle="--", label=label)
+        axes.plot(x, y, "o", color=color, markersize=5, label=f"{label} ({len(mine)})")
     axes.axhline(0, color="#cccccc", linewidth=0.8, zorder=0)
     axes.set_xscale("symlog", linthresh=0.05)
     axes.set_yscale("symlog", linthresh=0.005)
