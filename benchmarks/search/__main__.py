@@ -17,6 +17,7 @@ import statistics
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from typing import NamedTuple
 
 from landscape import Landscape
@@ -60,16 +61,21 @@ class Told(NamedTuple):
         return None
 
 
-def follow(search, setting: Setting, evaluate, worth: Callable, horizon: float, seed: int) -> Told:
-    told, last = Told([], [], []), None
-    for seconds, trials, point in search(setting, evaluate, seed):
-        if seconds > horizon and told.seconds:
-            break
-        if point != last:
-            value, last = worth(point), point
-        for column, entry in zip(told, (seconds, trials, value), strict=True):
-            column.append(entry)
-    return told
+def follow(steps, horizon: float) -> list[tuple[float, int, Point]]:
+    """The steps of a search that it can pay for."""
+    paid = list(takewhile(lambda step: step[0] <= horizon, steps))
+    return paid or [next(iter(steps))]
+
+
+def told_of(steps: list[tuple[float, int, Point]], worth: Callable) -> Told:
+    known = {point: worth(point) for _, _, point in steps}
+    seconds, trials, points = map(list, zip(*steps, strict=True))
+    return Told(seconds, trials, [known[point] for point in points])
+
+
+def looked_at(steps: list, looks: list[float]) -> list:
+    """The last step before each look: real values are measured for these alone."""
+    return [[step for step in steps if step[0] <= look or step is steps[0]][-1] for look in looks]
 
 
 def main() -> None:
@@ -83,6 +89,7 @@ def main() -> None:
     with Runner(setting) as runner:
         land = Landscape(setting, runner.known)
         horizon = runs * land.costs[""]
+        looks = [horizon / 2, horizon]
         told: dict[str, list[Told]] = {name: [] for name in searches}
         for repeat in tqdm(range(seed, seed + repeats), desc="repeats"):
             shift = 1000 * (repeat + 1)
@@ -92,7 +99,9 @@ def main() -> None:
 
             worth = partial(measured, runner) if real else land.truth
             for name, search in searches.items():
-                told[name].append(follow(search, setting, evaluate, worth, horizon, repeat))
+                steps = follow(search(setting, evaluate, repeat), horizon)
+                steps = looked_at(steps, looks) if real else steps
+                told[name].append(told_of(steps, worth))
                 save(told, real)
     report(told, land, horizon, real)
 
@@ -108,14 +117,16 @@ def save(told: dict[str, list[Told]], real: bool) -> None:
 
 def report(told: dict[str, list[Told]], land: Landscape, horizon: float, real: bool) -> None:
     unit = land.costs[""]
-    target, name = target_of(told, unit)
+    far = not real and horizon >= TARGET_AFTER * unit
+    target, name = target_of(told, unit) if far else (None, "")
     print(
         f"{'real runs' if real else 'surrogate'}; {unit:.2f} s a run, "
         f"{horizon / unit:.0f} runs a search"
     )
-    if target:
+    if target is not None:
         print(f"target: {target:.4f}, the median best of {TARGET_AFTER} trials of '{name}'")
-    checks = [n for n in (30, 100, 300) if n * unit <= horizon * 1.01] or [horizon / unit]
+    checks = [n for n in (30, 100, 300) if n * unit <= horizon * 1.01 and not real]
+    checks = checks or [horizon / unit / 2, horizon / unit]
     head = " | ".join(f"after {n:g} runs" for n in checks)
     print(f"\n| search | {head} | target reached | runs (trials) to the target |")
     print("|---" * (3 + len(checks)) + "|")
