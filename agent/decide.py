@@ -83,7 +83,7 @@ class Rule(NamedTuple):
     false_keeps: float  # expected number of them in the whole study, at most
     equal_within: float  # sigmas of a seed that a shorter trial may lose
     min_seeds: int  # to be kept
-    max_seeds: int
+    max_seeds: int  # that a trial may run
 
 
 class Bar(NamedTuple):
@@ -94,6 +94,8 @@ class Bar(NamedTuple):
     taus: np.ndarray  # the grid, (G,)
     weights: np.ndarray  # probability of each for this kind of change, (G,)
     level: float  # a_n, this trial's share of the error budget
+    least: float = -math.inf  # the first difference of what it was put on: not better, it ends
+    most: float = math.inf  # further runs that a proof may take, else it ends after the first
 
     @property
     def margin(self) -> float:
@@ -199,10 +201,13 @@ def spent(trials: Sequence[Trial], false_keeps: float) -> float:
     return sum(level_of(rank, false_keeps) for rank in range(1, 1 + len(tested(trials))))
 
 
-def bar_for(trials: Sequence[Trial], kind: str, rule: Rule) -> Bar:
-    """The bar for the next trial, of this kind of change, after these."""
-    sigma, rank = measure_noise(repeated(trials)).sigma, len(tested(trials)) + 1
-    return set_bar(sigma, scatters_of(trials), kind, rank, rule)
+def bar_for(
+    trials: Sequence[Trial], kind: str, rule: Rule, rank: int | None = None
+) -> Bar:
+    """The bar for the next trial, of this kind of change, after these. `rank`: whose share of the
+    error budget it has, if not its own."""
+    sigma = measure_noise(repeated(trials)).sigma
+    return set_bar(sigma, scatters_of(trials), kind, rank or len(tested(trials)) + 1, rule)
 
 
 def set_bar(
@@ -263,12 +268,18 @@ def decide(
         return _decision("keep", "better", gain, n, seen, bar)
     if n >= bar.rule.min_seeds and shorter and seen.not_worse >= EQUAL_PROBABILITY:
         return _decision("keep", "equal within noise, and shorter", gain, n, seen, bar)
-    lost = gain < -LOSER * bar.sigma
-    better_yet = not lost and (can_reach(seen, bar) or seen.log_e >= log_needed)
-    equal_yet = shorter and not lost and seen.estimate + seen.sd > -bar.margin
+    behind = n == 1 and gain <= bar.least
+    lost = gain < -LOSER * bar.sigma or behind
+    waits = n == 1 and bar.most < math.inf and seeds_to_prove(seen, bar) - 1 > bar.most
+    better_yet = not lost and not waits and (can_reach(seen, bar) or seen.log_e >= log_needed)
+    equal_yet = shorter and not lost and not waits and seen.estimate + seen.sd > -bar.margin
     if n < bar.rule.max_seeds and (better_yet or equal_yet):
         return _decision("more", "undecided", gain, n, seen, bar)
     what = "not better than the incumbent" if gain <= 0 else "not shown to be better"
+    if gain > 0 and behind:
+        what = f"no better than what it builds on ({bar.least:+.4f})"
+    elif gain > 0 and waits:
+        what = "ahead, proof is for later"
     return _decision("discard", what, gain, n, seen, bar)
 
 
@@ -304,6 +315,16 @@ def can_reach(seen: Evidence, bar: Bar) -> bool:
     best, tau = seen.estimate + OPTIMISM * seen.sd, np.array([seen.tau])
     log_e = _log_gain(bar.rule.max_seeds, best, tau, bar.sigma)[0]
     return best > 0 and log_e >= -math.log(bar.level)
+
+
+def seeds_to_prove(seen: Evidence, bar: Bar) -> float:
+    """How many would suffice if the differences were about the estimate and scattered as usual."""
+    for n in range(bar.rule.min_seeds, bar.rule.max_seeds + 1):
+        z = np.linspace(-1, 1, n)
+        likely = seen.estimate + seen.tau * z / z.std(ddof=1)
+        if weigh(likely.tolist(), bar).log_e >= -math.log(bar.level):
+            return n
+    return math.inf
 
 
 def _log_gain(n: int, mean: float, tau: np.ndarray, sigma: float) -> np.ndarray:

@@ -52,6 +52,7 @@ class Proposal:
     undoes: list[int] = field(default_factory=list)  # kept trials, taken out, newest first
     near: list[int] = field(default_factory=list)  # earlier trials that are much like this one
     differs: str = ""  # from these: what does
+    proves: int | None = None  # a trial that was ahead after one run, run until it is proven or not
     repeats: int | None = None  # a trial that it computes again on purpose, on other seeds
     id: str | None = None  # of one that came through the inbox (inbox.py)
     model: str | None = None  # the language model that was asked for this trial, answer or not
@@ -223,6 +224,22 @@ def counted(trials: Iterable[Trial]) -> tuple[int, int]:
     """How many trials and how many of them kept; the baseline is no trial of anything."""
     mine = [trial for trial in trials if trial.parent is not None]
     return len(mine), sum(trial.decision == "keep" for trial in mine)
+
+
+def base_of(trial: Trial, trials: list[Trial]) -> Trial:
+    """What its own change was put on: the trial that it builds on, else its parent."""
+    on = [] if trial.proposal.undoes else trial.proposal.builds_on
+    return trials[on[-1] if on else trial.parent]
+
+
+def step_of(trial: Trial, trials: list[Trial]) -> float:
+    """The gain over that. Two that were put on one incumbent compare on the first seed."""
+    base = base_of(trial, trials)
+    if base.number == trial.parent:
+        return trial.estimate or 0.0
+    if trial.differences and base.differences:
+        return trial.differences[0] - base.differences[0]
+    return 0.0
 
 
 def proposal_from_json(values: dict[str, Any]) -> Proposal:

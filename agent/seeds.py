@@ -112,7 +112,10 @@ def bar_of(study: Study, trial: Trial) -> Bar:
         min_seeds=len(settings.baseline_seeds),
         max_seeds=settings.max_seeds,
     )
-    return bar_for(study.journal.trials, trial.proposal.kind, rule)
+    if proof:
+        cap = strategy.seeds_of(trial, study.journal, settings.strategy, rule)
+        rule, stem = rule._replace(max_seeds=cap), strategy.stem_trial(trial, study.journal.trials)
+    return bar_for(study.journal.trials, trial.proposal.kind, rule, stem)
 
 
 def check_drift(study: Study, trial: Trial, parent: Trial, on: Bench) -> None:

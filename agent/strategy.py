@@ -24,12 +24,14 @@ All of it follows from the journal, the seed and the incumbent's text: nothing i
 can be told again. A change that is in the incumbent by now, or whose text fits no more, is no stem.
 """
 
+import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
-from agent.decide import Z_INTERVAL
-from agent.journal import Trial
+from agent.decide import Bar, Rule, bar_for, scatters_of, seeds_to_prove, tested, weigh
+from agent.journal import Journal, Proposal, Trial, base_of
 from agent.proposers import Context, Stem, edited, is_valid, shares_edit
 from agent.proposers.simplify import values_before, without
 from nightshift.fixed.config import flatten
@@ -37,9 +39,12 @@ from nightshift.fixed.config import flatten
 # Those that can propose on a stem; others do on the incumbent. CMA-ES sets all values, so of a stem
 # of values nothing would be left.
 STEM_SOURCES = ("sampler", "recipes")
+BASE_SOURCES = ("combine", "simplify", "cmaes")  # on the incumbent alone: they wait for a stem
 STRUCTURAL_SOURCES = ("recipes", "llm", "combine")  # propose code
-MAX_CHANGES = 3  # of a stem with the proposal on it
-DRAFTS = 1 / 3
+MAX_CHANGES = 12  # of a stem with the proposal on it
+TIRED = 20  # proposals on a node that were no better, then it is left
+FIRST_PROOF, KNOWN = 6, 3
+PROOF = 0.33  # runs of a proof for each trial since the last
 ISLANDS = 3
 MIGRATION = 12
 PLATEAU_MOVES = ("structural", "branch")
@@ -69,15 +74,26 @@ def trials_on_plateau(context: Context) -> int | None:
     """Trials since it began, 0 at its first move; None: there is none."""
     if context.plateau_after is None:
         return None
-    trials = context.journal.trials
-    late = len(trials) - 1 - context.journal.incumbent.number - context.plateau_after
+    trials, last = context.journal.trials, context.journal.incumbent.number
+    if context.strategy == "tree":
+        ahead = [t.number for t in trials if is_of(t, context.journal) and is_step(t, trials)]
+        last = max([last, *ahead])
+    late = len(trials) - 1 - last - context.plateau_after
     return late if late >= 0 else None
+
+
+def is_step(trial: Trial, trials: Sequence[Trial]) -> bool:
+    """Is it ahead of what it was put on, on the first seed?"""
+    base = base_of(trial, trials)
+    least = 0.0 if base.number == trial.parent else base.differences[0]
+    return trial.status == "ok" and bool(trial.differences) and trial.differences[0] > least
 
 
 def order(sources: Sequence[str], move: Move) -> list[str]:
     """The sources in the order in which they are asked, given the bandit's order."""
     first = {"structural": STRUCTURAL_SOURCES, "branch": STEM_SOURCES}.get(move.kind, sources)
-    return sorted(sources, key=lambda source: source not in first)
+    waits = BASE_SOURCES if not move.stem.is_empty else ()
+    return sorted(sources, key=lambda source: (source in waits, source not in first))
 
 
 def usual_stem(context: Context) -> Stem:
@@ -102,7 +118,7 @@ def stem_of(trial: Trial) -> Stem:
 
 def is_node(trial: Trial) -> bool:
     """Discarded, with an estimate, and not too long to be built on."""
-    known = trial.status == "ok" and trial.decision == "discard" and trial.estimate is not None
+    known = trial.status == "ok" and trial.decision == "discard" and bool(trial.differences)
     return known and len(trial.proposal.builds_on) + 2 <= MAX_CHANGES
 
 
@@ -127,25 +143,40 @@ def _is_in(trial: Trial, context: Context) -> bool:
 
 
 def tree_stem(context: Context) -> Stem:
-    rng = random.Random(f"tree/{context.seed}/{context.number}")
-    if rng.random() < DRAFTS:
-        return Stem()
-    for trial in _drawn(context.journal.trials, rng):
-        if fits(trial, context):
-            return stem_of(trial)
-    return Stem()
+    front = front_of(context)
+    return stem_of(front) if front else Stem()
 
 
-def _drawn(trials: Sequence[Trial], rng: random.Random) -> Iterator[Trial]:
-    """The nodes whose draw is above the incumbent's 0, the highest first."""
-    values = {}
-    for trial in filter(is_node, trials):
-        sd = (trial.high - trial.low) / (2 * Z_INTERVAL)
-        failed = sum(not is_better(child, trial) for child in children_of(trials, trial))
-        values[trial.number] = rng.gauss(trial.estimate, sd) - failed * sd
-    for number in sorted(values, key=lambda number: (-values[number], number)):
-        if values[number] > 0:
-            yield trials[number]
+def front_of(context: Context) -> Trial | None:
+    """The node furthest ahead on which something is left to try; None: the incumbent is."""
+    trials = context.journal.trials
+    ahead = {t.number: worth_of(t, trials) for t in trials if is_of(t, context.journal)}
+    for number in sorted(ahead, key=lambda number: (-ahead[number], number)):
+        node = trials[number]
+        if ahead[number] > 0 and not is_tired(node, trials) and fits(node, context):
+            return node
+    return None
+
+
+def is_of(trial: Trial, journal: Journal) -> bool:
+    """A node whose estimate compares with the others': made at the present incumbent."""
+    return is_node(trial) and trial.parent == journal.incumbent.number
+
+
+def worth_of(node: Trial, trials: Sequence[Trial]) -> float:
+    """Its first difference, for that is what children are compared with; 0 if more seeds did not
+    bear it out."""
+    seen = [node, *proofs_of(node, trials)][-1]
+    return node.differences[0] if (seen.gain or 0.0) > 0 else 0.0
+
+
+def proofs_of(node: Trial, trials: Sequence[Trial]) -> list[Trial]:
+    return [t for t in trials if t.proposal.proves == node.number]
+
+
+def is_tired(node: Trial, trials: Sequence[Trial]) -> bool:
+    failed = [t for t in children_of(trials, node) if not is_step(t, trials)]
+    return len(failed) >= TIRED
 
 
 def children_of(trials: Sequence[Trial], node: Trial) -> list[Trial]:
@@ -153,14 +184,57 @@ def children_of(trials: Sequence[Trial], node: Trial) -> list[Trial]:
     return [t for t in trials if t.proposal.builds_on[-1:] == [node.number]]
 
 
+# ---- proof ----
+
+
+def bar_of(trial: Trial, journal: Journal, strategy: str, rule: Rule) -> Bar:
+    """The bar for the next trial. A tree builds on what is ahead after one run and better than what
+    it was put on, and has the whole proven when it is time."""
+    proposal, trials = trial.proposal, journal.trials
+    if proposal.proves is not None:
+        rank = len(tested(trials[: proposal.proves])) + 1  # its evidence goes on
+        return bar_for(trials, proposal.kind, rule, rank)
+    bar = bar_for(trials, proposal.kind, rule)
+    if strategy != "tree" or proposal.source not in STEM_SOURCES or proposal.undoes:
+        return bar
+    on = proposal.builds_on
+    least = trials[on[-1]].differences[0] if on else 0.0
+    return bar._replace(least=least, most=runs_for_proof(journal, trial.number))
+
+
+def runs_for_proof(journal: Journal, number: int) -> float:
+    """How many a proof may take: a share of the trials since the last one. How many it will take is
+    not known before pairs were seen to scatter."""
+    waited = number - 1 - journal.incumbent.number
+    if sum(s.df for s in scatters_of(journal.trials)) < KNOWN:
+        return math.inf if waited >= FIRST_PROOF else 0.0
+    return PROOF * waited
+
+
+def proof_of(context: Context) -> Proposal | None:
+    """The front again, once, when what was built on it since is no better."""
+    front = front_of(context) if context.strategy == "tree" else None
+    if not front or len(front.differences) > 1 or proofs_of(front, context.journal.trials):
+        return None
+    bar = bar_for(context.journal.trials, front.proposal.kind, context.rule)
+    most = runs_for_proof(context.journal, context.number)
+    if most < math.inf and seeds_to_prove(weigh(front.differences, bar), bar) > most:
+        return None
+    return replace(
+        front.proposal, proves=front.number,
+        hypothesis=f"Trial {front.number} is ahead after one run; is it so on other seeds?",
+        expected_effect="", events=[], near=[],
+    )
+
+
+# ---- islands ----
+
+
 def is_better(trial: Trial, than: Trial | None) -> bool:
     """By its estimate; one without a number is not. `than`: None is the incumbent."""
     if trial.status != "ok" or trial.estimate is None:
         return False
     return trial.estimate > (than.estimate if than else 0.0)
-
-
-# ---- islands ----
 
 
 def islands(context: Context) -> list[Trial | None]:

@@ -13,7 +13,7 @@ a larger budget may move the best values, and the own results outvote it.
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from agent.journal import Edit, Proposal, Trial
+from agent.journal import Edit, Proposal, Trial, base_of, step_of
 from agent.novelty import near_values
 from agent.proposers import Context
 from nightshift.fixed.config import flatten
@@ -94,16 +94,25 @@ def _studies(memory: Iterable[Trial]) -> list[list[Trial]]:
 
 
 def _results(trials: Sequence[Trial], baseline: dict[str, Any]) -> list[Result]:
-    """A trial that changes code as well says nothing of values; a repeat began with other seeds."""
-    found, brought = [], []  # brought: by kept code, up to and with each trial
+    """A change of code says nothing of values; a trial that ran again what another one ran neither."""
+    found, brought = [], []  # brought: by code, up to and with each trial
     for trial, state in zip(trials, states(trials, baseline), strict=True):
-        gained = 0.0 if trial.parent is None else brought[trial.parent]
-        is_code = trial.proposal.kind == "code"
-        brought.append(gained + (trial.estimate or 0.0 if is_code else 0.0))
-        if trial.status == "ok" and not is_code and trial.proposal.repeats is None:
+        if trial.parent is None:
+            gained, is_code = 0.0, False
+        else:
+            base = base_of(trial, trials)
+            gained = brought[base.number]
+            edits = base.proposal.edits if base.number != trial.parent else []
+            is_code = len(trial.proposal.edits) > len(edits)
+        brought.append(gained + (step_of(trial, trials) if is_code else 0.0))
+        again = trial.proposal.repeats is not None or trial.proposal.proves is not None
+        if is_code or again:
+            continue
+        if trial.status == "ok":
             score = trial.runs[0].score - trials[0].runs[0].score + gained
-            found.append(Result(state.values, score, trial.proposal.source))
-        elif trial.status == "stopped" and not is_code and trial.proposal.repeats is None:
+        elif trial.status == "stopped":  # a loser, by so much
             score = trials[trial.parent].score + trial.behind - trials[0].score + gained
-            found.append(Result(state.values, score, trial.proposal.source))  # a loser, by so much
+        else:
+            continue
+        found.append(Result(state.values, score, trial.proposal.source))
     return found

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from agent import strategy
-from agent.journal import Proposal, Trial
+from agent.journal import Proposal, Trial, step_of
 from agent.proposers import Context, cmaes, combine, recipes, sampler, simplify
 
 PROPOSERS = {
@@ -52,7 +52,7 @@ def propose(context: Context) -> Proposal | None:
             f"{context.journal.incumbent.number}; structural moves and earlier ancestors take turns"
         )
     found = (ask(name, context, move) for name in strategy.order(names, move))
-    proposal = next(filter(None, found), None)
+    proposal = (not move.why and strategy.proof_of(context)) or next(filter(None, found), None)
     if proposal is None and context.sources.get("outside"):
         proposal = context.outside(True)  # for as long as it takes: nobody else has anything
     if proposal and context.researcher:
@@ -101,7 +101,8 @@ def draws(
 def account(trials: Sequence[Trial]) -> dict[str, tuple[float, float]]:
     """Source -> (earned in mean keeps, spent in mean trials), faded."""
     judged = [trial for trial in trials if trial.parent is not None]
-    unit = _mean([gain_of(t) for t in judged if gain_of(t)]) or 1.0
+    gains = gains_of(trials)
+    unit = _mean([gain for gain in gains.values() if gain]) or 1.0
     typical_s = _mean([cost_s(t) for t in judged if cost_s(t)]) or 1.0
     accounts: dict[str, tuple[float, float]] = {}
     for age, trial in enumerate(reversed(judged)):
@@ -109,15 +110,18 @@ def account(trials: Sequence[Trial]) -> dict[str, tuple[float, float]]:
         cost = max(cost_s(trial) / typical_s, LEAST_COST)
         weight = FADE**age
         accounts[trial.proposal.source] = (
-            earned + weight * gain_of(trial) / unit,
+            earned + weight * gains.get(trial.number, 0.0) / unit,
             spent + weight * cost,
         )
     return accounts
 
 
-def gain_of(trial: Trial) -> float:
-    """What a kept trial brought, in bpb: its shrunken gain. Simpler and equal is worth nothing."""
-    return max(trial.estimate or 0.0, 0.0) if trial.decision == "keep" else 0.0
+def gains_of(trials: Sequence[Trial]) -> dict[int, float]:
+    """Number of a trial -> what it brought, in bpb: that of a kept trial, and of each that it
+    builds on, over what it was put on. Simpler and equal is worth nothing."""
+    used = {n for t in trials if t.proposal.builds_on for n in t.proposal.builds_on}
+    used |= {t.number for t in trials if t.decision == "keep" and t.parent is not None}
+    return {n: max(step_of(trials[n], trials), 0.0) for n in used if trials[n].proposal.proves is None}
 
 
 def cost_s(trial: Trial) -> float:

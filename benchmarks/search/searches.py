@@ -18,7 +18,8 @@ import optuna
 from collect import anywhere, place
 from runs import Point, Score, Setting
 
-from agent.decide import Rule, bar_for, decide, next_seed, pair
+from agent import strategy
+from agent.decide import Rule, decide, next_seed, pair
 from agent.journal import Edit, Journal, Proposal, Run, Trial
 from agent.loop import BASELINE
 from agent.proposers import Context, mixed
@@ -82,11 +83,11 @@ class Lab:
 
     def try_(self, point: Point, proposal: Proposal, parent: Trial) -> None:
         trial = self.trial(proposal, parent.number)
-        if point in self.points:  # the novelty gate: no run
+        if point in self.points and proposal.proves is None:  # the novelty gate: no run
             trial.status, trial.reason = "invalid", "known"
             self.add(trial, point)
             return
-        bar = bar_for(self.journal.trials, proposal.kind, self.rule)
+        bar = strategy.bar_of(trial, self.journal, self.study.strategy, self.rule)
         shorter = saved_lines(proposal) > 0
         while True:
             there = self.journal.runs_of(parent, trial)
@@ -131,6 +132,7 @@ class Lab:
             space=self.setting.plan.space,
             sources=self.study.sources,
             strategy=self.study.strategy,
+            rule=self.rule,
             plateau_after=self.study.plateau_after,
             read=lambda path: texts[path] if path in texts else read(path),
         )
