@@ -201,9 +201,7 @@ def spent(trials: Sequence[Trial], false_keeps: float) -> float:
     return sum(level_of(rank, false_keeps) for rank in range(1, 1 + len(tested(trials))))
 
 
-def bar_for(
-    trials: Sequence[Trial], kind: str, rule: Rule, rank: int | None = None
-) -> Bar:
+def bar_for(trials: Sequence[Trial], kind: str, rule: Rule, rank: int | None = None) -> Bar:
     """The bar for the next trial, of this kind of change, after these. `rank`: whose share of the
     error budget it has, if not its own."""
     sigma = measure_noise(repeated(trials)).sigma

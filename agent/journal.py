@@ -8,7 +8,7 @@ MLflow, the report) follows the journal and can be made again from it.
 import copy
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,17 @@ class Proposal:
     @property
     def heading(self) -> str:
         """The title, and the trials that the change goes beyond: `GELU (on 013, without 021)`."""
-        named = [("on", self.builds_on), ("without", self.undoes)]
-        place = [f"{word} {' and '.join(f'{n:03d}' for n in them)}" for word, them in named if them]
+        again = [] if self.proves is None else [self.proves]
+        named = [("on", self.builds_on), ("without", self.undoes), ("proof of", again)]
+        place = [f"{word} {numbers(them)}" for word, them in named if them]
         return f"{self.title} ({', '.join(place)})" if place else self.title
+
+
+def numbers(trials: Sequence[int]) -> str:
+    """`003 and 007`; of many the last, and how many more: `012 and 5 before`."""
+    if len(trials) > 2:
+        return f"{trials[-1]:03d} and {len(trials) - 1} before"
+    return " and ".join(f"{n:03d}" for n in trials)
 
 
 class Scored:

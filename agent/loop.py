@@ -156,6 +156,8 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
         space=study.plan.space,
         sources=study.plan.study.sources,
         strategy=study.plan.study.strategy,
+        rule=study.plan.study.rule,
+        last=number >= study.plan.study.trials,
         plateau_after=study.plan.study.plateau_after,
         read=read,
         target=study.plan.study.judged_by,

@@ -38,6 +38,8 @@ def objection(
     same = next((t for t in trials if t.digest == state.digest), None)
     if proposal.repeats is not None:
         return _wrong_repeat(trials, proposal.repeats, state)
+    if proposal.proves is not None and trials[proposal.proves].digest == state.digest:
+        return None
     if same:
         return (
             f"same configuration and code as trial {same.number} ('{same.proposal.title}', "

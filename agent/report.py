@@ -427,10 +427,12 @@ def _table(trials: list[Trial], columns: tuple[str, ...]) -> str:
 def _sources(trials: list[Trial]) -> str:
     """What each source brought, and what its trials took (mixed.py shares turns out by that)."""
     lines = ["| source | trials | kept | estimated gain | run_s |", "|---|---|---|---|---|"]
+    gains = mixed.gains_of(trials)
     for source in sorted({t.proposal.source for t in trials}):
         mine = [t for t in trials if t.proposal.source == source]
         kept = sum(t.decision == "keep" for t in mine)
-        gain, cost = sum(map(mixed.gain_of, mine)), sum(map(mixed.cost_s, mine))
+        gain = sum(gains.get(t.number, 0.0) for t in mine)
+        cost = sum(map(mixed.cost_s, mine))
         lines.append(f"| {source} | {len(mine)} | {kept} | {gain:+.4f} | {cost:.0f} |")
     return "\n".join(lines)
 

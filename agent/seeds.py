@@ -8,12 +8,11 @@ that run with the trial that asked for it. No run of a parent is made twice.
 import shutil
 from dataclasses import replace
 
-from agent import early, workspace
+from agent import early, strategy, workspace
 from agent.base import for_runs
 from agent.decide import (
     Bar,
     Decision,
-    Rule,
     bar_for,
     decide,
     has_drifted,
@@ -72,7 +71,8 @@ def watch_for(
     rate = study.plan.study.early_stop
     if parent is None or trial.runs or not rate or checks < 1:
         return None
-    bar, shorter = bar_of(study, trial), trial.lines_removed > trial.lines_added
+    bar = bar_for(study.journal.trials, trial.proposal.kind, study.plan.study.rule)
+    shorter = trial.lines_removed > trial.lines_added
     known = early.limit_of(
         early.history_of(study.folder, study.journal, checks),
         lambda gain: decide([gain], bar, shorter).kind == "discard",
@@ -106,16 +106,8 @@ def verdict(study: Study, trial: Trial, parent_runs: dict[int, Run]) -> Decision
 
 def bar_of(study: Study, trial: Trial) -> Bar:
     settings = study.plan.study
-    rule = Rule(
-        false_keeps=settings.false_keeps,
-        equal_within=settings.equal_within,
-        min_seeds=len(settings.baseline_seeds),
-        max_seeds=settings.max_seeds,
-    )
-    if proof:
-        cap = strategy.seeds_of(trial, study.journal, settings.strategy, rule)
-        rule, stem = rule._replace(max_seeds=cap), strategy.stem_trial(trial, study.journal.trials)
-    return bar_for(study.journal.trials, trial.proposal.kind, rule, stem)
+    last = trial.number >= settings.trials
+    return strategy.bar_of(trial, study.journal, settings.strategy, settings.rule, last)
 
 
 def check_drift(study: Study, trial: Trial, parent: Trial, on: Bench) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from agent.decide import Rule
 from agent.proposers import mixed, recipes
 from agent.target import TARGETS, Target
 from nightshift.fixed.config import (
@@ -126,7 +127,9 @@ class StudySettings(Group):
     false_keeps: float = Field(gt=0, le=100)
     equal_within: float = Field(ge=0, le=2)
     drift_every: int = Field(ge=0)
-    strategy: Literal["greedy", "tree", "islands"] = "greedy"
+    strategy: Literal["greedy", "tree", "islands"] = (
+        "greedy"  # of studies before there was a choice
+    )
     plateau_after: int | None = Field(default=15, ge=1)
     early_stop: float = Field(default=0.05, ge=0, lt=1)
     sources: dict[str, float]
@@ -171,6 +174,11 @@ class StudySettings(Group):
     @property
     def judged_by(self) -> Target:
         return TARGETS[self.target]
+
+    @property
+    def rule(self) -> Rule:
+        """By which its trials are judged."""
+        return Rule(self.false_keeps, self.equal_within, len(self.baseline_seeds), self.max_seeds)
 
     @property
     def seeds(self) -> list[int]:

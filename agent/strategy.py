@@ -187,7 +187,7 @@ def children_of(trials: Sequence[Trial], node: Trial) -> list[Trial]:
 # ---- proof ----
 
 
-def bar_of(trial: Trial, journal: Journal, strategy: str, rule: Rule) -> Bar:
+def bar_of(trial: Trial, journal: Journal, strategy: str, rule: Rule, last: bool = False) -> Bar:
     """The bar for the next trial. A tree builds on what is ahead after one run and better than what
     it was put on, and has the whole proven when it is time."""
     proposal, trials = trial.proposal, journal.trials
@@ -199,16 +199,22 @@ def bar_of(trial: Trial, journal: Journal, strategy: str, rule: Rule) -> Bar:
         return bar
     on = proposal.builds_on
     least = trials[on[-1]].differences[0] if on else 0.0
-    return bar._replace(least=least, most=runs_for_proof(journal, trial.number))
+    now = last or len(on) + 1 >= MAX_CHANGES
+    most = math.inf if now else runs_for_proof(journal, trial.number)
+    return bar._replace(least=least, most=most)
 
 
 def runs_for_proof(journal: Journal, number: int) -> float:
-    """How many a proof may take: a share of the trials since the last one. How many it will take is
-    not known before pairs were seen to scatter."""
+    """How many a proof may take now: a share of the trials since the last keep."""
     waited = number - 1 - journal.incumbent.number
-    if sum(s.df for s in scatters_of(journal.trials)) < KNOWN:
-        return math.inf if waited >= FIRST_PROOF else 0.0
-    return PROOF * waited
+    if is_known(journal):
+        return PROOF * waited
+    return math.inf if waited >= FIRST_PROOF else 0.0
+
+
+def is_known(journal: Journal) -> bool:
+    """Has enough been repeated to tell how many seeds a proof takes?"""
+    return sum(scatter.df for scatter in scatters_of(journal.trials)) >= KNOWN
 
 
 def proof_of(context: Context) -> Proposal | None:
@@ -217,13 +223,17 @@ def proof_of(context: Context) -> Proposal | None:
     if not front or len(front.differences) > 1 or proofs_of(front, context.journal.trials):
         return None
     bar = bar_for(context.journal.trials, front.proposal.kind, context.rule)
-    most = runs_for_proof(context.journal, context.number)
-    if most < math.inf and seeds_to_prove(weigh(front.differences, bar), bar) > most:
+    most = math.inf if context.last else runs_for_proof(context.journal, context.number)
+    needed = seeds_to_prove(weigh(front.differences, bar), bar)
+    if needed > most or needed == math.inf and is_known(context.journal):
         return None
     return replace(
-        front.proposal, proves=front.number,
+        front.proposal,
+        proves=front.number,
         hypothesis=f"Trial {front.number} is ahead after one run; is it so on other seeds?",
-        expected_effect="", events=[], near=[],
+        expected_effect="",
+        events=[],
+        near=[],
     )
 
 

@@ -34,6 +34,8 @@ def a_trial(number, proposal, estimate, decision="discard", parent=0, status="ok
         low=None if estimate is None else estimate - 2.15 * SD,
         high=None if estimate is None else estimate + 2.15 * SD,
         val_bpb=score,
+        differences=[] if estimate is None else [estimate],
+        gain=estimate,
         runs=[Run(seed=1, status="ok", val_bpb=score)],
     )
 

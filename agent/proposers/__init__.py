@@ -44,6 +44,7 @@ class Context:
     ]  # path in the repository -> the incumbent's text, None: no file
     strategy: str = "greedy"  # where proposals are put (strategy.py)
     rule: Rule = Rule(0.05, 0.1, 3, 12)  # by which trials are judged (decide.py)
+    last: bool = False  # the study has no further trial
     plateau_after: int | None = None  # trials without a keep that make a plateau; None: no number
     target: Target = VAL  # what the study is judged by
     # Trials of earlier studies (study.after): what was thought of, not numbers to compare with.

@@ -121,7 +121,9 @@ def gains_of(trials: Sequence[Trial]) -> dict[int, float]:
     builds on, over what it was put on. Simpler and equal is worth nothing."""
     used = {n for t in trials if t.proposal.builds_on for n in t.proposal.builds_on}
     used |= {t.number for t in trials if t.decision == "keep" and t.parent is not None}
-    return {n: max(step_of(trials[n], trials), 0.0) for n in used if trials[n].proposal.proves is None}
+    return {
+        n: max(step_of(trials[n], trials), 0.0) for n in used if trials[n].proposal.proves is None
+    }
 
 
 def cost_s(trial: Trial) -> float:

@@ -23,6 +23,8 @@ STARTUP_TRIALS = 10
 REACH = 0.35  # how far from the incumbent a proposal may be, as a share of the range
 STEP = 0.2  # standard deviation of a random step, likewise
 NUM_KEYS = (1, 1, 1, 2, 2, 3)  # how many keys change: mostly one, so that a gain has one cause
+GP_SHARE = 0.5  # of the proposals once there are results
+GP_RESULTS = 150  # the newest: the cost grows with their cube
 ATTEMPTS = 200
 
 
@@ -46,6 +48,9 @@ def propose(context: Context) -> Proposal | None:
 def _values(keys, space, before, known, rng: random.Random, wide: bool) -> dict[str, Any]:
     if len(known) < STARTUP_TRIALS:
         return {key: _random_step(space[key], before[key], rng, wide) for key in keys}
+    whole = [(values, score) for values, score in known if is_inside(values, space)]
+    if len(whole) >= STARTUP_TRIALS and rng.random() < GP_SHARE:
+        return _ask_gp(space, whole[-GP_RESULTS:], rng)
     return _ask_tpe(keys, space, known, rng)
 
 
@@ -74,6 +79,23 @@ def _random_step(bounds, value, rng: random.Random, wide: bool):
     if not low <= there(value) + step <= high:  # turn back at the wall
         step = -step
     return back(min(max(there(value) + step, low), high))
+
+
+def is_inside(values: dict[str, Any], space) -> bool:
+    return all(key in values and contains(space[key], values[key]) for key in space)
+
+
+def _ask_gp(space, known, rng: random.Random) -> dict[str, Any]:
+    """All keys at once, where the improvement to expect is largest."""
+    with quiet_optuna() as optuna:
+        sampler = optuna.samplers.GPSampler(seed=rng.randrange(2**31), n_startup_trials=0)
+        study = optuna.create_study(sampler=sampler)
+        ranges = {key: distribution(bounds, optuna) for key, bounds in space.items()}
+        for values, score in known:
+            params = {key: values[key] for key in space}
+            study.add_trial(optuna.create_trial(params=params, distributions=ranges, value=score))
+        trial = study.ask()
+        return {key: _suggest(trial, key, space[key]) for key in space}
 
 
 def _ask_tpe(keys, space, known, rng: random.Random) -> dict[str, Any]:

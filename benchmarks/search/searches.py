@@ -19,7 +19,7 @@ from collect import anywhere, place
 from runs import Point, Score, Setting
 
 from agent import strategy
-from agent.decide import Rule, decide, next_seed, pair
+from agent.decide import decide, next_seed, pair
 from agent.journal import Edit, Journal, Proposal, Run, Trial
 from agent.loop import BASELINE
 from agent.proposers import Context, mixed
@@ -40,15 +40,13 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 class Lab:
     """A study in memory: trial number -> point, and the runs that were paid for."""
 
-    def __init__(self, setting: Setting, evaluate: Evaluate, seed: int, **changes: Any):
+    def __init__(
+        self, setting: Setting, evaluate: Evaluate, seed: int, ahead: bool = False, **changes: Any
+    ):
         self.setting, self.evaluate, self.seed = setting, evaluate, seed
+        self.ahead = ahead  # deliver what is ahead after one run, proven or not
         self.study = setting.plan.study.model_copy(update=changes)
-        self.rule = Rule(
-            self.study.false_keeps,
-            self.study.equal_within,
-            len(self.study.baseline_seeds),
-            self.study.max_seeds,
-        )
+        self.rule = self.study.rule
         self.journal = Journal(ROOT / "none")
         self.points: list[Point] = []
         self.spent = 0.0
@@ -72,7 +70,8 @@ class Lab:
             yield self.state()
 
     def state(self) -> tuple[float, int, Point]:
-        return self.spent, len(self.journal), self.points[self.journal.incumbent.number]
+        front = strategy.front_of(self.context()) if self.ahead else None
+        return self.spent, len(self.journal), self.points[(front or self.journal.incumbent).number]
 
     def begin(self) -> None:
         trial = self.trial(BASELINE, None)
