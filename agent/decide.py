@@ -59,6 +59,7 @@ Z_INTERVAL = 2.15  # covers 95 % of kept gains in simulation; 1.96 covers 93.4 %
 SOUGHT = 3.0  # a gain of so many tau is what the evidence is sharpest for
 OPTIMISM = 1.25  # standard errors that a gain may be better than it looks
 LOSER = 3.0  # sigmas of a seed that a change may lose and still get another seed
+FAR = 64.0  # a gain of so many tau is proven by min_seeds at any level
 DRIFT_TAUS = 4.0  # a repeated run may move by so many before old numbers are given up
 
 
@@ -95,7 +96,7 @@ class Bar(NamedTuple):
     weights: np.ndarray  # probability of each for this kind of change, (G,)
     level: float  # a_n, this trial's share of the error budget
     least: float = -math.inf  # the first difference of what it was put on: not better, it ends
-    most: float = math.inf  # further runs that a proof may take, else it ends after the first
+    prove_from: float = -math.inf  # the first difference for which a proof is sought, not less
 
     @property
     def margin(self) -> float:
@@ -268,7 +269,7 @@ def decide(
         return _decision("keep", "equal within noise, and shorter", gain, n, seen, bar)
     behind = n == 1 and gain <= bar.least
     lost = gain < -LOSER * bar.sigma or behind
-    waits = n == 1 and bar.most < math.inf and seeds_to_prove(seen, bar) - 1 > bar.most
+    waits = n == 1 and gain < bar.prove_from
     better_yet = not lost and not waits and (can_reach(seen, bar) or seen.log_e >= log_needed)
     equal_yet = shorter and not lost and not waits and seen.estimate + seen.sd > -bar.margin
     if n < bar.rule.max_seeds and (better_yet or equal_yet):
@@ -283,8 +284,7 @@ def decide(
 
 def has_drifted(change: float, bar: Bar) -> bool:
     """Did the same run, made again, move by more than pairs made at different times scatter?"""
-    typical = math.exp((bar.weights * np.log(bar.taus)).sum())
-    return abs(change) > DRIFT_TAUS * typical
+    return abs(change) > DRIFT_TAUS * typical_tau(bar)
 
 
 def weigh(differences: Sequence[float], bar: Bar) -> Evidence:
@@ -315,14 +315,22 @@ def can_reach(seen: Evidence, bar: Bar) -> bool:
     return best > 0 and log_e >= -math.log(bar.level)
 
 
-def seeds_to_prove(seen: Evidence, bar: Bar) -> float:
-    """How many would suffice if the differences were about the estimate and scattered as usual."""
-    for n in range(bar.rule.min_seeds, bar.rule.max_seeds + 1):
-        z = np.linspace(-1, 1, n)
-        likely = seen.estimate + seen.tau * z / z.std(ddof=1)
-        if weigh(likely.tolist(), bar).log_e >= -math.log(bar.level):
-            return n
-    return math.inf
+def least_to_prove(bar: Bar, num_seeds: float, tau: float) -> float:
+    """The gain that so many seeds would prove if its differences scattered by tau."""
+    n = int(min(num_seeds, bar.rule.max_seeds))
+    if n < bar.rule.min_seeds:
+        return math.inf
+    z = np.linspace(-1, 1, n)
+    scatter, (low, high) = tau * z / z.std(ddof=1), (0.0, tau * FAR)
+    while high - low > 0.01 * tau:
+        middle = (low + high) / 2
+        enough = weigh((middle + scatter).tolist(), bar).log_e >= -math.log(bar.level)
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def typical_tau(bar: Bar) -> float:
+    return math.exp(float((bar.weights * np.log(bar.taus)).sum()))
 
 
 def _log_gain(n: int, mean: float, tau: np.ndarray, sigma: float) -> np.ndarray:

@@ -24,13 +24,12 @@ All of it follows from the journal, the seed and the incumbent's text: nothing i
 can be told again. A change that is in the incumbent by now, or whose text fits no more, is no stem.
 """
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from agent.decide import Bar, Rule, bar_for, scatters_of, seeds_to_prove, tested, weigh
+from agent.decide import Bar, Rule, bar_for, least_to_prove, scatters_of, tested, typical_tau
 from agent.journal import Journal, Proposal, Trial, base_of
 from agent.proposers import Context, Stem, edited, is_valid, shares_edit
 from agent.proposers.simplify import values_before, without
@@ -43,7 +42,8 @@ BASE_SOURCES = ("combine", "simplify", "cmaes")  # on the incumbent alone: they 
 STRUCTURAL_SOURCES = ("recipes", "llm", "combine")  # propose code
 MAX_CHANGES = 12  # of a stem with the proposal on it
 TIRED = 20  # proposals on a node that were no better, then it is left
-FIRST_PROOF, KNOWN = 6, 3
+FIRST_PROOF = 6  # runs of the first
+GUESS, KNOWN = 0.3, 3  # tau in sigmas of a seed, until pairs have so many degrees of freedom
 PROOF = 0.33  # runs of a proof for each trial since the last
 ISLANDS = 3
 MIGRATION = 12
@@ -200,32 +200,26 @@ def bar_of(trial: Trial, journal: Journal, strategy: str, rule: Rule, last: bool
     on = proposal.builds_on
     least = trials[on[-1]].differences[0] if on else 0.0
     now = last or len(on) + 1 >= MAX_CHANGES
-    most = math.inf if now else runs_for_proof(journal, trial.number)
-    return bar._replace(least=least, most=most)
+    return bar._replace(least=least, prove_from=prove_from(bar, journal, trial.number, now))
 
 
-def runs_for_proof(journal: Journal, number: int) -> float:
-    """How many a proof may take now: a share of the trials since the last keep."""
-    waited = number - 1 - journal.incumbent.number
-    if is_known(journal):
-        return PROOF * waited
-    return math.inf if waited >= FIRST_PROOF else 0.0
-
-
-def is_known(journal: Journal) -> bool:
-    """Has enough been repeated to tell how many seeds a proof takes?"""
-    return sum(scatter.df for scatter in scatters_of(journal.trials)) >= KNOWN
+def prove_from(bar: Bar, journal: Journal, number: int, now: bool) -> float:
+    """The first difference for which a proof is worth its runs: they may be a share of the trials
+    since the last keep. `now`: as many as a trial may have."""
+    if sum(scatter.df for scatter in scatters_of(journal.trials)) >= KNOWN:
+        tau, runs = typical_tau(bar), PROOF * (number - 1 - journal.incumbent.number)
+    else:
+        tau, runs = GUESS * bar.sigma, FIRST_PROOF
+    return least_to_prove(bar, bar.rule.max_seeds if now else runs, tau)
 
 
 def proof_of(context: Context) -> Proposal | None:
     """The front again, once, when what was built on it since is no better."""
-    front = front_of(context) if context.strategy == "tree" else None
-    if not front or len(front.differences) > 1 or proofs_of(front, context.journal.trials):
+    front, journal = front_of(context) if context.strategy == "tree" else None, context.journal
+    if not front or len(front.differences) > 1 or proofs_of(front, journal.trials):
         return None
-    bar = bar_for(context.journal.trials, front.proposal.kind, context.rule)
-    most = math.inf if context.last else runs_for_proof(context.journal, context.number)
-    needed = seeds_to_prove(weigh(front.differences, bar), bar)
-    if needed > most or needed == math.inf and is_known(context.journal):
+    bar = bar_for(journal.trials, front.proposal.kind, context.rule)
+    if front.differences[0] < prove_from(bar, journal, context.number, context.last):
         return None
     return replace(
         front.proposal,

@@ -94,7 +94,7 @@ def _studies(memory: Iterable[Trial]) -> list[list[Trial]]:
 
 
 def _results(trials: Sequence[Trial], baseline: dict[str, Any]) -> list[Result]:
-    """A change of code says nothing of values; a trial that ran again what another one ran neither."""
+    """A change of code says nothing of values; what another trial ran too says nothing new."""
     found, brought = [], []  # brought: by code, up to and with each trial
     for trial, state in zip(trials, states(trials, baseline), strict=True):
         if trial.parent is None:

@@ -44,7 +44,7 @@ def quiet_optuna() -> Iterator[Any]:
     """The module, without its log and its warnings."""
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield optuna

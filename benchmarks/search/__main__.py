@@ -4,7 +4,7 @@
 
     repeats=20   of each search, on the surrogate (landscape.py)
     runs=300     trial-seconds of a search, in runs of the baseline
-    only=words   searches whose name has one of these (comma)
+    only=words   searches whose name has one of these, between semicolons
     real=true    real runs instead of the surrogate (about repeats x runs x 4 s of CPU for a search)
     seed=0
 
@@ -30,8 +30,8 @@ from nightshift.fixed.config import ROOT
 OURS = {
     "nightshift": {},
     "nightshift, ahead but not proven": {"ahead": True},
-    "nightshift, islands": {"strategy": "islands"},
-    "nightshift, greedy": {"strategy": "greedy"},
+    "islands, proven": {"strategy": "islands"},
+    "greedy, proven": {"strategy": "greedy"},
 }
 TARGET_AFTER = 100  # random trials
 FRESH = (9001, 9002, 9003)  # seeds on which real results are measured again
@@ -78,7 +78,7 @@ def main() -> None:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     real, seed = given.get("real") == "true", int(given.get("seed", 0))
     repeats, runs = int(given.get("repeats", 5 if real else 20)), float(given.get("runs", 300))
-    words = [word for word in given.get("only", "").split(",") if word]
+    words = [word for word in given.get("only", "").split(";") if word]
     searches = {name: partial(ours, **changes) for name, changes in OURS.items()} | RIVALS
     searches = {n: s for n, s in searches.items() if not words or any(w in n for w in words)}
     setting = Setting()
