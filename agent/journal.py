@@ -234,16 +234,16 @@ def counted(trials: Iterable[Trial]) -> tuple[int, int]:
     return len(mine), sum(trial.decision == "keep" for trial in mine)
 
 
-def base_of(trial: Trial, trials: list[Trial]) -> Trial:
-    """What its own change was put on: the trial that it builds on, else its parent."""
+def base_of(trial: Trial, trials: Sequence[Trial]) -> Trial | None:
+    """The trial that its own change was put on; None: its parent."""
     on = [] if trial.proposal.undoes else trial.proposal.builds_on
-    return trials[on[-1] if on else trial.parent]
+    return trials[on[-1]] if on else None
 
 
-def step_of(trial: Trial, trials: list[Trial]) -> float:
-    """The gain over that. Two that were put on one incumbent compare on the first seed."""
+def step_of(trial: Trial, trials: Sequence[Trial]) -> float:
+    """The gain over that, bpb. Two that were put on one incumbent compare on the first seed."""
     base = base_of(trial, trials)
-    if base.number == trial.parent:
+    if base is None:
         return trial.estimate or 0.0
     if trial.differences and base.differences:
         return trial.differences[0] - base.differences[0]

@@ -85,7 +85,7 @@ def trials_on_plateau(context: Context) -> int | None:
 def is_step(trial: Trial, trials: Sequence[Trial]) -> bool:
     """Is it ahead of what it was put on, on the first seed?"""
     base = base_of(trial, trials)
-    least = 0.0 if base.number == trial.parent else base.differences[0]
+    least = base.differences[0] if base else 0.0
     return trial.status == "ok" and bool(trial.differences) and trial.differences[0] > least
 
 

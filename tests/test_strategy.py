@@ -1,5 +1,6 @@
 """Where proposals are put: stems, plateaus and merged changes, on journals that are made up."""
 
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +11,12 @@ from test_combine import MODEL, change
 from test_proposers import VALUES, context
 
 from agent import strategy
-from agent.journal import Proposal, Run, Trial, proposal_from_json
+from agent.decide import Rule, decide, level_of
+from agent.journal import Journal, Proposal, Run, Trial, proposal_from_json
 from agent.loop import main
 from agent.proposers import Context, mixed, recipes, sampler
 from agent.settings import Bounds, differences, read_plan
-from agent.strategy import ISLANDS, MAX_CHANGES, MIGRATION
+from agent.strategy import ISLANDS, MAX_CHANGES, MIGRATION, TIRED
 from nightshift.fixed.config import CONF, ConfigError, flatten
 
 TEXT = "A = 1\nB = 1\nC = 1\nD = 1\n"
@@ -68,28 +70,140 @@ def test_greedy_always_proposes_on_the_incumbent(tmp_path):
     assert set(stems(now)) == {()}
 
 
-def test_the_tree_returns_to_a_near_miss_more_often_than_to_a_loser(tmp_path):
-    estimates = ((1, "A", 0.003), (2, "B", 0.001), (3, "C", -0.01))
+def test_a_tree_builds_on_the_trial_that_is_furthest_ahead_and_never_on_a_loser(tmp_path):
     near, fair, bad = (
         a_trial(number, change(f"{name} = 1", f"{name} = 2"), estimate)
-        for number, name, estimate in estimates
+        for number, name, estimate in ((1, "A", 0.003), (2, "B", 0.001), (3, "C", -0.01))
     )
-    seen = stems(at(tmp_path, [near, fair, bad]))
-    counts = {place: seen.count(place) for place in ((), (1,), (2,), (3,))}
-    assert counts[(1,)] > 3 * counts[(2,)] > 0 == counts[(3,)]
-    assert 40 < counts[()] < 100, "a third are drafts on the incumbent"
+    assert set(stems(at(tmp_path, [near, fair, bad]))) == {(1,)}
+    assert set(stems(at(tmp_path, [replace(bad, number=1)]))) == {()}
 
 
-def test_each_child_that_was_no_better_makes_a_node_less_attractive(tmp_path):
+def children(node: Trial, *gains: float) -> list[Trial]:
+    """Trials on a node, by what they gain in all."""
+    first = node.number + 1
+    return [
+        a_trial(first + n, on(node.number, change("B = 1", f"B = {2 + n}"), node.proposal), gain)
+        for n, gain in enumerate(gains)
+    ]
+
+
+def test_a_child_that_is_ahead_of_its_node_is_the_next_one_to_build_on(tmp_path):
     node = a_trial(1, change("A = 1", "A = 2"), 0.002)
-    counts = []
-    for children in range(4):
-        trials = [node] + [
-            a_trial(2 + n, on(1, change("B = 1", f"B = {2 + n}"), node.proposal), -0.004)
-            for n in range(children)
-        ]
-        counts.append(stems(at(tmp_path, trials)).count((1,)))
-    assert counts[0] > 100 and counts == sorted(counts, reverse=True) and counts[3] < counts[0] / 2
+    assert set(stems(at(tmp_path, [node, *children(node, 0.003, 0.001)]))) == {(1, 2)}
+    assert set(stems(at(tmp_path, [node, *children(node, 0.001, -0.1)]))) == {(1,)}
+
+
+def test_a_node_is_left_after_so_many_children_that_were_no_better(tmp_path):
+    node, other = a_trial(1, change("A = 1", "A = 2"), 0.002), change("C = 1", "C = 2")
+    trials = [node, *children(node, *[0.001] * TIRED)]
+    trials.append(a_trial(len(trials) + 1, other, 0.0005))
+    places = set(stems(at(tmp_path, trials[:-2])) + stems(at(tmp_path, trials)))
+    assert places == {(1,), (1, 2)}, "the node, then the best that is left"
+
+
+def test_what_several_seeds_did_not_bear_out_is_not_built_on(tmp_path):
+    lucky = a_trial(1, change("A = 1", "A = 2"), 0.002)
+    lucky.differences, lucky.gain = [0.002, -0.003], -0.0005
+    assert set(stems(at(tmp_path, [lucky]))) == {()}
+
+
+def test_trials_on_an_earlier_incumbent_are_no_nodes(tmp_path):
+    node = a_trial(1, change("A = 1", "A = 2"), 0.002)
+    kept = a_trial(2, change("B = 1", "B = 3"), 0.01, "keep")
+    now = at(tmp_path, [node, kept], text=TEXT.replace("B = 1", "B = 3"))
+    assert set(stems(now)) == {()}
+
+
+# ---- proof ----
+
+
+RULE = Rule(false_keeps=0.05, equal_within=0.1, min_seeds=3, max_seeds=12)
+
+
+def lab(*trials: Trial) -> Journal:
+    """A baseline with sigma 0.01 and these trials after it."""
+    journal = Journal(Path("none"))
+    baseline = a_trial(
+        0, Proposal(title="b", hypothesis="h", source="baseline"), None, "keep", None
+    )
+    baseline.runs = [
+        Run(seed=n, status="ok", val_bpb=x) for n, x in ((1, 2.3), (2, 2.31), (3, 2.29))
+    ]
+    journal.trials = [baseline, *trials]
+    return journal
+
+
+def known(number: int) -> Trial:
+    """A loser on five seeds: differences scatter by 0.001."""
+    trial = a_trial(number, change("C = 1", "C = 9"), -0.005)
+    trial.differences = [-0.005, -0.006, -0.004, -0.0055, -0.0045]
+    return trial
+
+
+def bar_at(journal: Journal, proposal: Proposal, **changes):
+    proposal.source = changes.pop("source", "recipes")
+    trial = a_trial(len(journal), proposal, None)
+    return strategy.bar_of(trial, journal, changes.pop("name", "tree"), RULE, **changes)
+
+
+def test_a_tree_seeks_no_proof_of_a_small_gain_soon_after_a_keep():
+    early = bar_at(lab(), change("A = 1", "A = 2"))
+    assert (
+        decide([0.002], early).kind == "discard"
+        and "proof is for later" in decide([0.002], early).reason
+    )
+    assert decide([0.03], early).kind == "more", "three sigmas of a seed are worth the runs at once"
+    assert decide([0.002], bar_at(lab(), change("A = 1", "A = 2"), name="greedy")).kind == "more"
+
+
+def test_the_longer_a_tree_waited_the_smaller_a_gain_it_has_proven():
+    least = []
+    for waited in (3, 10, 20, 40):
+        ends = [a_trial(n, change("D = 1", f"D = {n}"), -0.01) for n in range(2, 1 + waited)]
+        least.append(bar_at(lab(known(1), *ends), change("A = 1", "A = 2")).prove_from)
+    assert least[0] == math.inf and least[1] > least[2] > least[3] > 0.0005
+    ends = [a_trial(n, change("D = 1", f"D = {n}"), -0.01) for n in range(2, 5)]
+    assert bar_at(lab(known(1), *ends), change("A = 1", "A = 2"), last=True).prove_from < 0.006
+
+
+def test_a_child_no_better_than_what_it_builds_on_ends_after_one_run():
+    node = a_trial(1, change("A = 1", "A = 2"), 0.03)
+    bar = bar_at(lab(node), on(1, change("B = 1", "B = 2"), node.proposal))
+    assert decide([0.029], bar).kind == "discard"
+    assert "no better than what it builds on (+0.0300)" in decide([0.029], bar).reason
+    assert decide([0.031], bar).kind == "more"
+
+
+@pytest.mark.parametrize("source", ["llm", "outside", "combine", "simplify", "cmaes"])
+def test_what_nothing_is_built_on_is_proven_at_once(source):
+    assert bar_at(lab(), change("A = 1", "A = 2"), source=source).prove_from == -math.inf
+
+
+def test_a_front_on_which_nothing_is_better_is_run_again_for_its_proof_once(tmp_path):
+    front = a_trial(1, change("A = 1", "A = 2"), 0.03)
+    now = at(tmp_path, [front])
+    assert strategy.proof_of(replace(now, strategy="greedy")) is None
+    proof = strategy.proof_of(now)
+    assert proof.proves == 1 and proof.edits == front.proposal.edits
+    assert proof.heading == f"{proof.title} (proof of 001)"
+    assert mixed.propose(now) == proof
+    failed = a_trial(2, proof, 0.001)
+    assert strategy.proof_of(at(tmp_path, [front, failed])) is None
+
+
+def test_a_proof_goes_on_with_the_share_of_the_error_budget_that_its_trial_had():
+    front = a_trial(1, change("A = 1", "A = 2"), 0.03)
+    ends = [a_trial(n, change("D = 1", f"D = {n}"), -0.01) for n in range(2, 30)]
+    again = replace(front.proposal, proves=1)
+    assert bar_at(lab(front, *ends), again).level == level_of(1, RULE.false_keeps)
+
+
+def test_progress_of_the_front_puts_a_plateau_off(tmp_path):
+    node = a_trial(4, change("A = 1", "A = 2"), 0.002)
+    late = [*losers(1, 3), node, *losers(5, 2)]
+    assert strategy.trials_on_plateau(at(tmp_path, late, plateau_after=3)) is None
+    assert strategy.trials_on_plateau(at(tmp_path, late, plateau_after=3, strategy="greedy")) == 3
 
 
 def test_stems_follow_from_seed_number_and_journal_alone(tmp_path):
@@ -98,7 +212,6 @@ def test_stems_follow_from_seed_number_and_journal_alone(tmp_path):
         now = at(tmp_path, trials, strategy=name)
         told = [strategy.next_move(replace(now, number=n)).stem for n in range(1, 40)]
         assert told == [strategy.next_move(replace(now, number=n)).stem for n in range(1, 40)]
-        assert len({stem.builds_on for stem in told}) > 2 - (name == "islands")
     assert stems(at(tmp_path, trials)) == stems(at(tmp_path, trials))
 
 
@@ -135,11 +248,7 @@ def test_what_failed_or_is_long_already_is_no_stem(tmp_path):
 
 
 def test_a_proposal_on_a_stem_is_one_change_of_the_incumbent(tmp_path):
-    node = a_trial(1, change("A = 1", "A = 2", optim__momentum=0.91), 0.1)
-    now = next(
-        one for seed in range(9) if (one := at(tmp_path, [node], seed=seed))
-        and not strategy.next_move(one).stem.is_empty
-    )  # fmt: skip
+    now = at(tmp_path, [node := a_trial(1, change("A = 1", "A = 2", optim__momentum=0.91), 1e-9)])
     there = now.on(strategy.next_move(now).stem)
     assert there.read(MODEL) == TEXT.replace("A = 1", "A = 2") and there.read("other.py") is None
     assert there.values["optim"]["momentum"] == 0.91 != now.values["optim"]["momentum"]
@@ -310,21 +419,21 @@ def told(tmp_path_factory) -> Path:
 
 SOURCES = "study.sources={sampler: 1, recipes: 0, combine: 0, simplify: 0}"
 ARGUMENTS = [
-    *overrides(4), SOURCES, "study.strategy=tree", "study.plateau_after=1", "study.seed=0",
+    *overrides(5), SOURCES, "study.strategy=tree", "study.plateau_after=1", "study.seed=0",
     "study.baseline_seeds=[1,2]", "study.max_seeds=2", "study.false_keeps=0.0001",
 ]  # fmt: skip
 
 
 def test_merged_proposals_run_in_the_real_worktree(told):
-    kept, near_miss, on_it, branch = journal_of(told).trials[1:]
-    assert [t.status for t in (kept, near_miss, on_it, branch)] == ["ok"] * 4
+    kept, near_miss, on_it, wide, branch = journal_of(told).trials[1:]
+    assert [t.status for t in (kept, near_miss, on_it, wide, branch)] == ["ok"] * 5
     assert near_miss.decision == "discard" and near_miss.estimate > 0
     assert on_it.proposal.builds_on == [2] and on_it.parent == 1
     model = "src/nightshift/model.py"
     assert 'BEHAVIOUR = "uneven"' in run_git(told, "show", f"{on_it.commit}:{model}")
     assert branch.proposal.undoes == [1] and branch.parent == 1 and branch.gain < -0.4
     assert "BONUS = 0.0" in run_git(told, "show", f"{branch.commit}:{model}")
-    assert branch.proposal.events == ["plateau: 2 trials without a keep"]
+    assert branch.proposal.events == ["plateau: 2 trials without a keep"], "or a front that moves"
     report = (told / "outputs/studies/first/report/summary.md").read_text()
     assert "(on 002)" in report and "(without 001)" in report
 
@@ -333,10 +442,10 @@ def test_a_study_that_was_killed_goes_on_with_the_same_proposal(told, tmp_path):
     project = shutil.copytree(told, tmp_path / "p", symlinks=True)
     journal = project / "outputs/studies/first/journal.jsonl"
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-1]))
-    shutil.rmtree(journal.parent / "trials/004")
+    shutil.rmtree(journal.parent / "trials/005")
     assert main(ARGUMENTS, project) == 0
     again = journal_of(project).trials
-    assert len(again) == 5 and again[4].proposal == journal_of(told).trials[4].proposal
+    assert len(again) == 6 and again[5].proposal == journal_of(told).trials[5].proposal
 
 
 def test_old_proposals_have_no_stem_and_old_studies_go_on():

@@ -97,13 +97,11 @@ def _results(trials: Sequence[Trial], baseline: dict[str, Any]) -> list[Result]:
     """A change of code says nothing of values; what another trial ran too says nothing new."""
     found, brought = [], []  # brought: by code, up to and with each trial
     for trial, state in zip(trials, states(trials, baseline), strict=True):
-        if trial.parent is None:
-            gained, is_code = 0.0, False
-        else:
+        gained, is_code = 0.0, False
+        if trial.parent is not None:
             base = base_of(trial, trials)
-            gained = brought[base.number]
-            edits = base.proposal.edits if base.number != trial.parent else []
-            is_code = len(trial.proposal.edits) > len(edits)
+            gained = brought[base.number if base else trial.parent]
+            is_code = len(trial.proposal.edits) > (len(base.proposal.edits) if base else 0)
         brought.append(gained + (step_of(trial, trials) if is_code else 0.0))
         again = trial.proposal.repeats is not None or trial.proposal.proves is not None
         if is_code or again:

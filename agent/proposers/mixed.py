@@ -119,11 +119,10 @@ def account(trials: Sequence[Trial]) -> dict[str, tuple[float, float]]:
 def gains_of(trials: Sequence[Trial]) -> dict[int, float]:
     """Number of a trial -> what it brought, in bpb: that of a kept trial, and of each that it
     builds on, over what it was put on. Simpler and equal is worth nothing."""
-    used = {n for t in trials if t.proposal.builds_on for n in t.proposal.builds_on}
+    used = {n for t in trials for n in t.proposal.builds_on}
     used |= {t.number for t in trials if t.decision == "keep" and t.parent is not None}
-    return {
-        n: max(step_of(trials[n], trials), 0.0) for n in used if trials[n].proposal.proves is None
-    }
+    brought = [t for t in trials if t.number in used and t.proposal.proves is None]
+    return {t.number: max(step_of(t, trials), 0.0) for t in brought}
 
 
 def cost_s(trial: Trial) -> float:
