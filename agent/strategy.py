@@ -7,18 +7,25 @@ itself as long as its text fits, and journal, lineage and replay know nothing of
 
 **greedy**: no stem (autoresearch's).
 
-**tree**: best first. Nodes are the discarded trials that ran; a node's value is drawn from its
-estimate (Thompson 1933, Biometrika 25:285), less one standard deviation for each child that was no
-better; the highest draw above 0, which is the incumbent's, is the stem. A share DRAFTS of the
-proposals goes to the incumbent whatever was drawn.
+**tree**: best first. What is ahead of the incumbent after one run is not proven at once: that
+takes three to ten runs more. The next proposals are put on it, and what is ahead of it on the same
+seed is built on in its turn (a child that is not ends after that run). The node furthest ahead is
+the front; one on which TIRED proposals brought nothing is left for the next best. The whole of a
+front is proven against the incumbent when that is worth its runs (`prove_from`): by then it is a
+large gain, which few seeds prove. Only then is it kept. Proof is sought when a new front runs,
+which then goes on, or, when nothing on the front is better, by a trial of its own that runs the
+front again (`Proposal.proves`). That trial goes on with the front's evidence, so it has the front's
+share of the error budget: each trial's evidence is a martingale of its own (decide.py), whichever
+are gone on with. Parts of what was kept were each ahead on one seed alone: proven is the whole.
 
 **islands**: ISLANDS of them have a stem each and take turns. An island accepts a trial of its turn
 whose estimate is better than its own: that needs no proof, for what is kept does. Every MIGRATION
 trials the worst island takes the best one's stem, or begins anew from the incumbent.
 
-**Plateau**, with any strategy: after `study.plateau_after` trials without a keep, moves alternate.
-`structural`: sources of code go first, and values move over their whole range. `branch`: the newest
-kept change, or the newest two, are taken out, and a new proposal is put in their place.
+**Plateau**, with any strategy: after `study.plateau_after` trials without a keep (in a tree: or a
+new front), moves alternate. `structural`: sources of code go first, and values move over their
+whole range. `branch`: the newest kept change, or the newest two, are taken out, and a new proposal
+is put in their place.
 
 All of it follows from the journal, the seed and the incumbent's text: nothing is stored, so a study
 can be told again. A change that is in the incumbent by now, or whose text fits no more, is no stem.
@@ -35,8 +42,8 @@ from agent.proposers import Context, Stem, edited, is_valid, shares_edit
 from agent.proposers.simplify import values_before, without
 from nightshift.fixed.config import flatten
 
-# Those that can propose on a stem; others do on the incumbent. CMA-ES sets all values, so of a stem
-# of values nothing would be left.
+# Those that can propose on a stem; others do on the incumbent, and are proven at once, for nothing
+# would be built on them. CMA-ES sets all values, so of a stem of values nothing would be left.
 STEM_SOURCES = ("sampler", "recipes")
 BASE_SOURCES = ("combine", "simplify", "cmaes")  # on the incumbent alone: they wait for a stem
 STRUCTURAL_SOURCES = ("recipes", "llm", "combine")  # propose code

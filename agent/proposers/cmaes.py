@@ -17,14 +17,13 @@ from agent.journal import Proposal
 from agent.novelty import close
 from agent.proposers import Context, is_valid
 from agent.proposers.history import Result, Tried, results
-from agent.proposers.ranges import changes, contains, distribution, quiet_optuna, rounded
+from agent.proposers.ranges import contains, distribution, named, quiet_optuna, rounded
 from nightshift.fixed.config import flatten
 
 SOURCE = "cmaes"
 POPULATION = 6  # trials of a generation: a study has some dozens of them at most
 MIN_SOURCE = 10  # Optuna begins from the best tenth; fewer results are given several times
 ATTEMPTS = 20
-SHOWN = 3  # values in the title
 
 
 def propose(context: Context) -> Proposal | None:
@@ -77,10 +76,8 @@ def ask(space, others: list[Result], own: list[Result], seed: int) -> dict[str, 
 
 
 def _proposal(overrides, before, generation: int, num_others: int) -> Proposal:
-    first, more = changes(overrides, before)[:SHOWN], len(overrides) - SHOWN
-    what = ", ".join(first) + (f" and {more} more" if more > 0 else "")
     return Proposal(
-        title=what,
+        title=named(overrides, before),
         hypothesis=(
             f"These values suit this budget better together (CMA-ES, generation {generation}, "
             f"begun from {num_others} results of others)."

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+SHOWN = 3  # changes in a title
+
 
 def scale(bounds):
     """To the scale on which equal steps count equally, and back."""
@@ -34,9 +36,11 @@ def distribution(bounds, optuna):
     return optuna.distributions.FloatDistribution(bounds.low, bounds.high, log=bounds.log)
 
 
-def changes(overrides: dict[str, Any], before: dict[str, Any]) -> list[str]:
-    """`matrix_lr 0.02 -> 0.03`, for a title."""
-    return [f"{key.split('.')[-1]} {before[key]} -> {value}" for key, value in overrides.items()]
+def named(overrides: dict[str, Any], before: dict[str, Any]) -> str:
+    """`matrix_lr 0.02 -> 0.03, beta1 0.8 -> 0.7 and 2 more`, for a title."""
+    each = [f"{key.split('.')[-1]} {before[key]} -> {value}" for key, value in overrides.items()]
+    more = len(each) - SHOWN
+    return ", ".join(each[:SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager

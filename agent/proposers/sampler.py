@@ -1,11 +1,12 @@
-"""Changes of a few values near the incumbent, by Optuna's TPE over the declared space.
+"""Changes of values near the incumbent, by Optuna's TPE and GP samplers over the declared space.
 
-Nothing is stored: the sampler is built anew from the journal for every proposal. It changes one to
-three keys and leaves the others at the incumbent's values, so a keep says what helped. Until it has
-STARTUP_TRIALS results it takes a random step near the incumbent, then it asks the TPE
-(Bergstra et al. 2011), whose model improves with every trial. Both stay within REACH of the
-incumbent: with a dozen results a free TPE mostly proposes the far ends of the range, where nothing
-is known; a kept change moves the region. On a plateau (strategy.py) it takes wide steps: over the
+Nothing is stored: a sampler is built anew from the journal for every proposal. Until there are
+STARTUP_TRIALS results it is a random step near the incumbent. Then GP_SHARE of the proposals, if
+as many results lie near, ask a Gaussian process for the largest improvement to expect, of all keys
+at once; the others ask the TPE (Bergstra et al. 2011) for one to three keys and leave the rest, so
+that a gain has one cause. All stay within REACH of the incumbent: with a dozen results a free
+sampler mostly proposes the far ends of the range, where nothing is known; a kept change moves the
+region. On a plateau (strategy.py) it takes wide steps: over the
 whole range. Results of an earlier study (study.after) are results, centred (history.py).
 """
 
@@ -16,7 +17,7 @@ from agent.journal import Proposal
 from agent.novelty import close
 from agent.proposers import Context, is_valid
 from agent.proposers.history import Tried, results
-from agent.proposers.ranges import changes, contains, distribution, quiet_optuna, rounded, scale
+from agent.proposers.ranges import contains, distribution, named, quiet_optuna, rounded, scale
 from nightshift.fixed.config import flatten
 
 STARTUP_TRIALS = 10
@@ -34,24 +35,23 @@ def propose(context: Context) -> Proposal | None:
     before = flatten(context.values)
     tried, known = Tried(context), [(r.values, r.score) for r in results(context)]
     space = {k: _near(b, before[k], context.wide) for k, b in context.space.items() if k in before}
+    near = [result for result in known if is_inside(result[0], space)][-GP_RESULTS:]
     for _ in range(ATTEMPTS if space else 0):
         keys = rng.sample(sorted(space), min(rng.choice(NUM_KEYS), len(space)))
-        values = _values(keys, space, before, known, rng, context.wide)
+        if len(known) < STARTUP_TRIALS:
+            where = "over the range" if context.wide else "near the incumbent"
+            how = f"a random step {where}"
+            values = {k: _random_step(space[k], before[k], rng, context.wide) for k in keys}
+        elif len(near) >= STARTUP_TRIALS and rng.random() < GP_SHARE:
+            how, values = f"Gaussian process over {len(near)} results", _ask_gp(space, near, rng)
+        else:
+            how, values = f"TPE over {len(known)} results", _ask_tpe(keys, space, known, rng)
         values = {key: rounded(v, context.space[key], before[key]) for key, v in values.items()}
         overrides = {k: v for k, v in values.items() if not close(v, before[k], context.space[k])}
-        proposal = _proposal(overrides, before, len(known), context.wide)
+        proposal = _proposal(overrides, before, how)
         if overrides and proposal not in tried and is_valid(before | overrides):
             return proposal
     return None
-
-
-def _values(keys, space, before, known, rng: random.Random, wide: bool) -> dict[str, Any]:
-    if len(known) < STARTUP_TRIALS:
-        return {key: _random_step(space[key], before[key], rng, wide) for key in keys}
-    whole = [(values, score) for values, score in known if is_inside(values, space)]
-    if len(whole) >= STARTUP_TRIALS and rng.random() < GP_SHARE:
-        return _ask_gp(space, whole[-GP_RESULTS:], rng)
-    return _ask_tpe(keys, space, known, rng)
 
 
 def _near(bounds, value, wide: bool):
@@ -120,11 +120,8 @@ def _suggest(trial, key, bounds):
     return trial.suggest_float(key, bounds.low, bounds.high, log=bounds.log)
 
 
-def _proposal(overrides, before, num_results: int, wide: bool) -> Proposal:
-    what = ", ".join(changes(overrides, before))
-    how = f"TPE over {num_results} results"
-    if num_results < STARTUP_TRIALS:
-        how = "a random step over the range" if wide else "a random step near the incumbent"
+def _proposal(overrides, before, how: str) -> Proposal:
+    what = named(overrides, before)
     return Proposal(
         title=what,
         hypothesis=f"{what} suits this budget better ({how}).",
