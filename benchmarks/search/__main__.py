@@ -5,6 +5,7 @@
     repeats=20   of each search, on the surrogate (landscape.py)
     runs=300     trial-seconds of a search, in runs of the baseline
     only=words   searches whose name has one of these, between semicolons
+    nothing=true a surrogate in which nothing helps or hurts: how often does a study keep something?
     real=true    real runs instead of the surrogate (about repeats x runs x 4 s of CPU for a search)
     seed=0
 
@@ -20,7 +21,7 @@ from functools import partial
 from itertools import takewhile
 from typing import NamedTuple
 
-from landscape import Landscape
+from landscape import Landscape, Nothing
 from runs import OUT, Point, Runner, Score, Setting
 from searches import RIVALS, ours
 from tqdm import tqdm
@@ -43,6 +44,7 @@ class Told(NamedTuple):
     seconds: list[float]
     trials: list[int]
     values: list[float]
+    moved: bool  # it delivers something else than the baseline
 
     def at(self, seconds: float) -> float:
         """The value of what is delivered after so many seconds."""
@@ -51,7 +53,7 @@ class Told(NamedTuple):
 
     def reached(self, value: float) -> tuple[float, int] | None:
         """(seconds, trials) when it first delivers this or better."""
-        for seconds, trials, now in zip(*self, strict=True):
+        for seconds, trials, now in zip(*self[:3], strict=True):
             if now <= value:
                 return seconds, trials
         return None
@@ -66,7 +68,8 @@ def follow(steps, horizon: float) -> list[tuple[float, int, Point]]:
 def told_of(steps: list[tuple[float, int, Point]], worth: Callable) -> Told:
     known = {point: worth(point) for _, _, point in steps}
     seconds, trials, points = map(list, zip(*steps, strict=True))
-    return Told(seconds, trials, [known[point] for point in points])
+    moved = points[-1] != Point.of({})
+    return Told(seconds, trials, [known[point] for point in points], moved)
 
 
 def looked_at(steps: list, looks: list[float]) -> list:
@@ -78,12 +81,13 @@ def main() -> None:
     given = dict(argument.split("=", 1) for argument in sys.argv[1:])
     real, seed = given.get("real") == "true", int(given.get("seed", 0))
     repeats, runs = int(given.get("repeats", 5 if real else 20)), float(given.get("runs", 300))
+    nothing = given.get("nothing") == "true"
     words = [word for word in given.get("only", "").split(";") if word]
     searches = {name: partial(ours, **changes) for name, changes in OURS.items()} | RIVALS
     searches = {n: s for n, s in searches.items() if not words or any(w in n for w in words)}
     setting = Setting()
     with Runner(setting) as runner:
-        land = Landscape(setting, runner.known)
+        land = (Nothing if nothing else Landscape)(setting, runner.known)
         horizon = runs * land.costs[""]
         looks = [horizon]
         told: dict[str, list[Told]] = {name: [] for name in searches}
@@ -102,7 +106,19 @@ def main() -> None:
                 steps = looked_at(steps, looks) if real else steps
                 told[name].append(told_of(steps, worth))
                 save(told, real)
+    if nothing:
+        return report_kept(told, horizon / land.costs[""])
     report(told, land, horizon, real)
+
+
+def report_kept(told: dict[str, list[Told]], runs: float) -> None:
+    print(f"a surrogate in which nothing helps, {runs:.0f} runs a study\n")
+    print("| search | studies | delivered something | trials a study |\n|---|---|---|---|")
+    for name, ends in told.items():
+        kept = sum(end.moved for end in ends)
+        print(
+            f"| {name} | {len(ends)} | {kept} | {statistics.mean(e.trials[-1] for e in ends):.0f} |"
+        )
 
 
 def measured(runner: Runner, point: Point) -> float:

@@ -119,6 +119,13 @@ class Landscape:
         return self.costs[""] * math.prod(self.costs.get(title, 1.0) for title in point.recipes)
 
 
+class Nothing(Landscape):
+    """The same noise and costs; every point is worth what the baseline is."""
+
+    def truth(self, point: Point) -> float:
+        return self.level
+
+
 def noise(known: dict[tuple[Point, int], Score]) -> tuple[float, float]:
     """sigma of a seed; tau that one change brings into a paired difference (median over points)."""
     numbers = {key: score.val_bpb for key, score in known.items()}
