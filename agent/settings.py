@@ -5,6 +5,7 @@ here; the rest is the pipeline's configuration, which fixed/config.py checks as 
 """
 
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from nightshift.fixed.config import (
 )
 
 FORM_TOKENS = 256  # of an answer that is a form (agent/form.py): it has a sentence and a value
+ONE_HYDRA = threading.Lock()  # it composes for one thread at a time; a check may run beside a trial
 HARNESS_KEYS = (
     "parent_run_id",
     "run_name",
@@ -101,6 +103,7 @@ class LlmSettings(Group):
     max_retries: int = Field(ge=0, le=20)
     max_wait_s: float = Field(ge=0)
     max_calls: int = Field(ge=1, le=100)
+    ahead: bool = True  # of trial n + 1 while trial n runs
     max_refusals: int = Field(ge=0, le=20)
     lessons_every: int = Field(ge=0)
     price: Price | None
@@ -342,4 +345,5 @@ def compose(conf: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     """The composed values of <conf>/<name>.yaml. Raises ConfigError when Hydra refuses."""
     from nightshift.command import compose as checked_compose
 
-    return checked_compose(name, overrides, conf)
+    with ONE_HYDRA:
+        return checked_compose(name, overrides, conf)
