@@ -34,6 +34,12 @@ class Usage:
     output_tokens: int = 0
     dollars: float | None = None  # null: the model has no known price
     seconds: float = 0.0
+    waited_s: float | None = None  # in which nothing ran because of it; null: all of `seconds`
+
+    @property
+    def waited(self) -> float:
+        """Seconds."""
+        return self.seconds if self.waited_s is None else self.waited_s
 
 
 @dataclass(kw_only=True)

@@ -183,7 +183,7 @@ def think_ahead(study: Study, trial: Trial) -> None:
 
 
 def thinks_ahead(study: Study) -> bool:
-    return bool(study.researcher) and study.plan.study.llm.ahead
+    return bool(study.researcher) and study.plan.study.llm.thinks_ahead
 
 
 def context_of(

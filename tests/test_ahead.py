@@ -39,8 +39,9 @@ def code(before: str, after: str, **more) -> Reply:
     return propose(title=f"{before} -> {after}", edits=[an_edit(before, after)], **more)
 
 
-def value(given: float, **more) -> Reply:
-    return propose(title=f"beta1 {given}", overrides={"optim.beta1": given}, **more)
+def value(given: float, wait_s: float = 0.0, **more) -> Reply:
+    change = propose(title=f"beta1 {given}", overrides={"optim.beta1": given}, **more)
+    return replace(change, wait_s=wait_s)
 
 
 # ---- with a trial that is applied, and neither run nor judged ----
@@ -76,7 +77,10 @@ class Beside:
     def __init__(self, study: Study, entries: list, **changes):
         self.server = ScriptedServer(entries)
         journal = Journal(study.journal.path)
-        files, settings = StudyFiles(study.repo, study.folder, journal), llm(self.server, **changes)
+        files, settings = (
+            StudyFiles(study.repo, study.folder, journal),
+            llm(self.server, **{"ahead": True} | changes),
+        )
         asked = study.plan.study.model_copy(update={"llm": settings})
         plan = replace(study.plan, study=asked)
         researcher = Researcher(settings, files, Stop())
@@ -134,7 +138,8 @@ def trial(applied) -> Trial:
 def check_costs(study: Study, server: ScriptedServer, proposal: Proposal) -> None:
     total = Ledger(study.folder).usage()
     assert (total.input_tokens, total.output_tokens) == server.tokens, "to the token"
-    assert proposal.usage == total, "all of it stands with the trial that it was asked for"
+    usage = replace(proposal.usage, waited_s=None)
+    assert usage == total, "all of it stands with the trial that it was asked for"
 
 
 def test_it_is_told_what_runs_may_not_propose_the_same_and_is_used(beside, trial):
@@ -241,6 +246,23 @@ def test_it_does_not_begin_where_there_is_no_turn_for_it(beside, trial):
         assert begun(it, sources={"llm": 1.0, "sampler": 1e-9})
 
 
+@pytest.mark.parametrize(
+    "model, base_url, ahead",
+    [
+        ("openai:gpt-4.1", None, True),
+        ("openai:m", "https://models.example.com/v1", True),
+        ("openai:local", "http://127.0.0.1:8080/v1", False),
+        ("openai:local", "http://localhost:8080/v1", False),
+        ("ollama:qwen3", None, False),
+    ],
+)
+def test_a_model_on_the_trials_own_machine_waits_unless_it_is_told_to(model, base_url, ahead):
+    assert llm(model=model, base_url=base_url).thinks_ahead == ahead
+    assert all(
+        llm(model=model, base_url=base_url, ahead=x).thinks_ahead == x for x in (True, False)
+    )
+
+
 def test_lessons_of_a_trial_that_runs_are_not_counted_as_learned(beside, trial):
     with beside([say("Nothing yet."), value(0.6)], lessons_every=1) as it:
         it.study.journal.trials.append(replace(trial, digest="x"))
@@ -306,7 +328,9 @@ class Told:
     def __init__(self, folder: Path, replies: dict[int, list[Reply]]):
         self.script = Script(replies)
         self.server = ScriptedServer([self.script])
-        self.given = arguments(self.server, "study.llm.max_output_tokens=256")
+        self.given = arguments(
+            self.server, "study.llm.max_output_tokens=256", "study.llm.ahead=true"
+        )
         self.project = self.script.project = recorded_study(folder / "project", *self.given).repo
 
     def __enter__(self) -> "Told":
@@ -331,17 +355,18 @@ class Told:
         return journal_of(self.project).trials
 
 
-SLOW = code("BONUS = 0.0", 'BONUS = -0.3\nBEHAVIOUR = "slow"')
+SLOW = code("BONUS = 0.0", 'BONUS = -0.3\nBEHAVIOUR = "lingers 1.5"')
 
 
 def test_a_study_asks_for_a_trial_while_the_one_before_it_runs(tmp_path):
-    with Told(tmp_path, {1: [SLOW], 2: [SLOW, value(0.6)]}) as told:
+    with Told(tmp_path, {1: [SLOW], 2: [value(0.6, wait_s=0.3)]}) as told:
         assert told.run(2) == 0
         told.check_costs()
-    assert told.script.asked == [(1, 1, False), (2, 1, True), (2, 1, True)]
-    refused, used = told.journal[2].proposal.events
-    assert "same configuration and code as trial 1" in refused, "though it had not ended"
-    assert used == "thought of while trial 1 ran"
+    assert told.script.asked == [(1, 1, False), (2, 1, True)]
+    first, second = (t.proposal for t in told.journal[1:])
+    assert first.events == [] and second.events == ["thought of while trial 1 ran"]
+    assert first.usage.waited > first.usage.seconds > 0
+    assert second.usage.waited < second.usage.seconds
     assert_nothing_is_left(told.project)
 
 

@@ -56,13 +56,20 @@ class Researcher:
         self.caller = Caller(settings, self.ledger, stop)
         self.similar = Similar()
         self.shown: dict[int, list[int]] = {}  # trial -> notes
+        self.waited_s: dict[int, float] = {}  # trial -> for its proposal
         self.thought: Thought | None = None  # of the next trial, while one runs
 
     def propose(self, context: Context) -> Proposal | None:
         """None when it has no valid answer; the ledger has the reason. Raises Paused."""
+        began = time.monotonic()
+        try:
+            return self._recall(context) if self.thought else self._ask(context)
+        finally:
+            self.waited_s[context.number] = round(time.monotonic() - began, 3)
+
+    def _recall(self, context: Context) -> Proposal | None:
+        """What was thought of meanwhile; where that is of no use, what is thought of now."""
         thought, self.thought = self.thought, None
-        if thought is None:
-            return self._ask(context)
         before = context.number - 1
         try:
             proposal = self._still_good(thought)
@@ -117,6 +124,7 @@ class Researcher:
         usage = self.ledger.usage(number)
         proposal.events = [*self.ledger.events.get(number, []), *proposal.events]
         if usage.calls or proposal.events:
+            usage.waited_s = self.waited_s.get(number)
             proposal.model, proposal.usage = self.settings.model, usage
             proposal.notes = self.shown.get(number, [])
 

@@ -136,8 +136,8 @@ def gain_of(trial: Trial) -> float:
 
 
 def cost_s(trial: Trial) -> float:
-    """Seconds of its runs, the parent's included, and of the language model that proposed it."""
-    asked = trial.proposal.usage.seconds if trial.proposal.usage else 0.0
+    """Seconds of its runs, the parent's included, and those that the study waited for the model."""
+    asked = trial.proposal.usage.waited if trial.proposal.usage else 0.0
     return asked + sum(run.wall_s or 0.0 for run in trial.runs + trial.parent_runs)
 
 
