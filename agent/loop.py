@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -176,7 +176,7 @@ def think_ahead(study: Study, trial: Trial) -> None:
     if (study.folder / f"trials/{number:03d}/proposal.json").exists():
         return
     files = StudyFiles(study.repo, study.folder, study.journal.while_running(trial))
-    read = partial(tools.text_at, study.repo, files.head)
+    read = cache(partial(tools.text_at, study.repo, files.head))
     context = context_of(study, number, files.journal, tools.incumbent_values(files), read)
     if mixed.turn(context)[0][0] == "llm":
         study.researcher.think_ahead(context)

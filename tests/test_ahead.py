@@ -28,6 +28,7 @@ from agent.journal import Journal, Proposal, Trial
 from agent.proposers.llm import Researcher
 from agent.settings import compose, read_plan
 from agent.study import Study
+from agent.traces import exchanges_of
 from agent.trial import Interrupted, Stop
 from agent.view import View
 
@@ -363,6 +364,9 @@ def test_a_study_asks_for_a_trial_while_the_one_before_it_runs(tmp_path):
         assert told.run(2) == 0
         told.check_costs()
     assert told.script.asked == [(1, 1, False), (2, 1, True)]
+    exchanges = exchanges_of(told.project / FOLDER / "conversations/002.jsonl")
+    prompts = [str(inputs) for inputs, _ in exchanges.values()]
+    assert len(prompts) == 1 and "# Trial 1 runs now" in prompts[0], "as its MLflow trace will have"
     first, second = (t.proposal for t in told.journal[1:])
     assert first.events == [] and second.events == ["thought of while trial 1 ran"]
     assert first.usage.waited > first.usage.seconds > 0
