@@ -128,8 +128,8 @@ def _running(trial: Trial) -> str:
         [
             f"# Trial {trial.number} runs now; its outcome is not known yet",
             as_data(what, records.MAX_DIFF_CHARS // 2),
-            "Propose something else that is worth its trial whatever comes of this one. It is "
-            f"applied to the files above or, if trial {trial.number} is kept, to what it leaves.",
+            "Propose something else that is worth its trial whatever comes of this one. Yours "
+            f"is put on the files above or, if trial {trial.number} is kept, on what it leaves.",
         ]
     )
 

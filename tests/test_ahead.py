@@ -230,6 +230,17 @@ def test_it_ends_at_once_in_mid_call(beside, trial):
     assert Ledger(it.study.folder).usage(2).lost == 1
 
 
+def test_ctrl_c_while_the_study_waits_for_it_ends_it_as_well(beside, trial):
+    with beside([say("late", wait_s=60)]) as it:
+        it.begins(trial)
+        stop = it.study.researcher.caller.stop
+        threading.Timer(0.5, lambda: setattr(stop, "requested", True)).start()
+        with pytest.raises(Interrupted):
+            it.ends(trial)
+        it.study.researcher.close()
+    assert not [t for t in threading.enumerate() if t.name == "ahead"]
+
+
 def test_it_does_not_begin_where_there_is_no_turn_for_it(beside, trial):
     def begun(it: Beside, trial=trial, **changes) -> bool:
         plan = it.study.plan
@@ -369,7 +380,7 @@ def test_a_study_asks_for_a_trial_while_the_one_before_it_runs(tmp_path):
     assert len(prompts) == 1 and "# Trial 1 runs now" in prompts[0], "as its MLflow trace will have"
     first, second = (t.proposal for t in told.journal[1:])
     assert first.events == [] and second.events == ["thought of while trial 1 ran"]
-    assert first.usage.waited > first.usage.seconds > 0
+    assert first.usage.waited == first.usage.seconds > 0
     assert second.usage.waited < second.usage.seconds
     assert_nothing_is_left(told.project)
 

@@ -56,28 +56,30 @@ class Researcher:
         self.caller = Caller(settings, self.ledger, stop)
         self.similar = Similar()
         self.shown: dict[int, list[int]] = {}  # trial -> notes
-        self.waited_s: dict[int, float] = {}  # trial -> for its proposal
+        self.waited_s: dict[int, float] = {}  # trial -> at the end of thinking ahead
         self.thought: Thought | None = None  # of the next trial, while one runs
 
     def propose(self, context: Context) -> Proposal | None:
         """None when it has no valid answer; the ledger has the reason. Raises Paused."""
+        if self.thought is None:
+            return self._ask(context)
         began = time.monotonic()
-        try:
-            return self._recall(context) if self.thought else self._ask(context)
-        finally:
-            self.waited_s[context.number] = round(time.monotonic() - began, 3)
+        proposal = self._recall(self.thought, context)
+        self.waited_s[context.number] = round(time.monotonic() - began, 3)
+        return proposal
 
-    def _recall(self, context: Context) -> Proposal | None:
+    def _recall(self, thought: Thought, context: Context) -> Proposal | None:
         """What was thought of meanwhile; where that is of no use, what is thought of now."""
-        thought, self.thought = self.thought, None
         before = context.number - 1
         try:
             proposal = self._still_good(thought)
         except (Refused, StudyError) as why:
+            self.thought = None
             title = f" ('{thought.proposal.title}')" if thought.proposal else ""
             dropped = f"what was thought of while trial {before} ran{title} is dropped: {why}"
             self.ledger.event(context.number, _cut(dropped))
             return self._ask(context)
+        self.thought = None  # not before: `close` ends what is waited for
         if proposal:
             proposal.events = [f"thought of while trial {before} ran"]
         return proposal
