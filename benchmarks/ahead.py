@@ -80,6 +80,7 @@ def measure(
     begun = [datetime.fromisoformat(trial["started_at"]).timestamp() for trial in told]
     wall_s = begun[-1] + told[-1]["wall_s"] - begun[0]
     usages = [trial["proposal"]["usage"] for trial in told[1:]]
+    waited = [u["seconds"] if u["waited_s"] is None else u["waited_s"] for u in usages]
     counted = tuple(
         sum(trial["proposal"]["usage"][f"{kind}_tokens"] for trial in told)
         for kind in ("input", "output")
@@ -87,7 +88,7 @@ def measure(
     print(
         f"{name}: {wall_s:.0f} s; runs {sum(t['wall_s'] for t in told):.0f} s, idle "
         f"{wall_s - sum(t['wall_s'] for t in told):.1f} s, waited for the model "
-        f"{sum(u['waited_s'] for u in usages):.1f} s of the {sum(u['seconds'] for u in usages):.1f}"
+        f"{sum(waited):.1f} s of the {sum(u['seconds'] for u in usages):.1f}"
         f" s that it took; tokens right: {counted == server.tokens}",
         flush=True,
     )
