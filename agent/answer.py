@@ -167,7 +167,11 @@ def check_answer(
 
     `similar`: one that is kept between calls spares taking a long journal apart each time.
     """
-    proposal = to_proposal(answer, source, study.journal)
+    return check_anew(study, to_proposal(answer, source, study.journal), similar)
+
+
+def check_anew(study: StudyFiles, proposal: Proposal, similar: Similar | None = None) -> Checked:
+    """`check_answer` of what may have been checked before, when the incumbent was another."""
     if not (proposal.overrides or proposal.edits):
         raise Refused("it changes nothing. Give overrides, edits, or both.")
     must_be_writable(proposal)
@@ -213,8 +217,9 @@ def must_be_repairable(journal: Journal, proposal: Proposal) -> None:
     if not 0 < number < len(journal):
         raise Refused(f"repairs {number}: there is no such trial; the last is {len(journal) - 1}.")
     if not journal.trials[number].failed:
+        ran = "runs now" if journal.trials[number].status == "running" else "ran"
         raise Refused(
-            f"repairs {number}: that trial ran; only one that failed is repaired. Leave repairs "
+            f"repairs {number}: that trial {ran}; only one that failed is repaired. Leave repairs "
             "out and propose the change as a new idea."
         )
     if repairs_so_far(journal, number) >= MAX_REPAIRS:

@@ -145,6 +145,8 @@ def total(usages: list[Usage]) -> Usage:
     names = ("calls", "failed", "lost", "input_tokens", "output_tokens", "seconds")
     sums = {name: sum(getattr(usage, name) for usage in usages) for name in names}
     sums["seconds"] = round(sums["seconds"], 3)
+    if any(usage.waited_s is not None for usage in usages):
+        sums["waited_s"] = round(sum(usage.waited for usage in usages), 3)
     return Usage(**sums, dollars=round(sum(dollars), 9) if dollars else None)
 
 
@@ -155,7 +157,7 @@ def of_trials(trials: list[Trial]) -> Usage | None:
 
 
 def in_words(usage: Usage) -> str:
-    """'12 calls (2 failed), 40,211 + 1,890 tokens, $0.0521, 31 s'"""
+    """'12 calls (2 failed), 40,211 + 1,890 tokens, $0.0521, 31 s (28 of them while a trial ran)'"""
     parts = [
         f"{usage.failed} failed" if usage.failed else "",
         f"{usage.lost} lost" if usage.lost else "",
@@ -165,7 +167,9 @@ def in_words(usage: Usage) -> str:
     words += f", {usage.input_tokens:,} + {usage.output_tokens:,} tokens"
     if usage.dollars is not None:
         words += f", ${usage.dollars:.4f}"
-    return f"{words}, {usage.seconds:.0f} s"
+    words += f", {usage.seconds:.0f} s"
+    beside = usage.seconds - usage.waited
+    return words + (f" ({beside:.0f} of them while a trial ran)" if beside >= 1 else "")
 
 
 def _now() -> str:

@@ -9,7 +9,7 @@ import copy
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,12 @@ class Usage:
     output_tokens: int = 0
     dollars: float | None = None  # null: the model has no known price
     seconds: float = 0.0
+    waited_s: float | None = None  # in which nothing ran because of it; null: all of `seconds`
+
+    @property
+    def waited(self) -> float:
+        """Seconds."""
+        return self.seconds if self.waited_s is None else self.waited_s
 
 
 @dataclass(kw_only=True)
@@ -124,8 +130,10 @@ class Trial(Scored):
     number: int
     proposal: Proposal
     parent: int | None  # trial that it started from
-    status: str  # what happened: ok stopped crash timeout oom diverged invalid
-    decision: str  # what we did: keep | discard
+    # What happened: ok stopped crash timeout oom diverged invalid. What we did: keep | discard.
+    # `running` and `open` in what the model is shown of a trial that runs; never on disk.
+    status: str
+    decision: str
     reason: str  # in words, with the numbers
     val_bpb: float | None = None  # mean over the seeds that ran
     chat_bpb: float | None = None  # likewise; a study has one of the two
@@ -157,7 +165,7 @@ class Trial(Scored):
     @property
     def failed(self) -> bool:
         """It did not come to a judgement; one that was stopped early did."""
-        return self.status not in ("ok", "stopped")
+        return self.status not in ("ok", "stopped", "running")
 
 
 class Journal:
@@ -221,6 +229,16 @@ class Journal:
         earlier = copy.copy(self)
         earlier.trials = self.trials[: trial.number]
         return earlier
+
+    def while_running(self, trial: Trial) -> "Journal":
+        """A copy in which this trial stands last, its outcome open: for who proposes meanwhile."""
+        known = replace(
+            trial, status="running", decision="open", runs=[], parent_runs=[], differences=[],
+            reason="it runs now; its outcome is not known yet",
+        )  # fmt: skip
+        copied = copy.copy(self)
+        copied.trials = [*self.trials, known]
+        return copied
 
     @property
     def lineage(self) -> list[Trial]:

@@ -12,17 +12,20 @@ import shlex
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cache, partial
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from agent import outside, workspace
+from agent import outside, tools, workspace
 from agent.after import read_plan_with_origin
+from agent.answer import StudyFiles
 from agent.base import ensure_base, for_runs
 from agent.costs import Paused
-from agent.journal import Proposal, Trial, proposal_from_json
+from agent.journal import Journal, Proposal, Trial, proposal_from_json
 from agent.novelty import State, changed_values, editable_values, near_trial
 from agent.proposers import Context, mixed
 from agent.seeds import on_this_machine, run_seeds
@@ -91,6 +94,14 @@ def main(argv: list[str] | None = None, repo: Path = ROOT) -> int:
 def run_study(study: Study) -> None:
     ensure_base(study)
     settle(study)
+    try:
+        run_trials(study)
+    finally:
+        if study.researcher:
+            study.researcher.close()
+
+
+def run_trials(study: Study) -> None:
     while len(study.journal) <= study.plan.study.trials:
         study.stop.check()
         trial = run_trial(study, len(study.journal), study.journal.incumbent)
@@ -123,6 +134,7 @@ def run_trial(study: Study, number: int, parent: Trial | None) -> Trial | None:
         )
         try:
             config = apply(study, trial, tree, folder, commit)
+            think_ahead(study, trial)
             run_seeds(study, trial, parent, bench(study, trial, tree, folder, config))
         except workspace.Refused as refusal:
             trial.status, trial.reason = "invalid", str(refusal)
@@ -147,11 +159,42 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
     def read(name: str) -> str | None:
         return (tree / name).read_text(encoding="utf-8") if (tree / name).is_file() else None
 
-    context = Context(
+    context = context_of(study, number, study.journal, workspace.resolve(tree).model_dump(), read)
+    proposal = mixed.propose(context)
+    if proposal is not None:
+        write_json(path, asdict(proposal))
+    return proposal
+
+
+def think_ahead(study: Study, trial: Trial) -> None:
+    """If it is the model's turn after this trial, let it propose while this one runs. The baseline
+    and the last trial run alone, and so does one whose successor is written down."""
+    number = trial.number + 1
+    last = number > study.plan.study.trials
+    if not thinks_ahead(study) or trial.parent is None or last:
+        return
+    if (study.folder / f"trials/{number:03d}/proposal.json").exists():
+        return
+    files = StudyFiles(study.repo, study.folder, study.journal.while_running(trial))
+    read = cache(partial(tools.text_at, study.repo, files.head))
+    context = context_of(study, number, files.journal, tools.incumbent_values(files), read)
+    if mixed.turn(context)[0][0] == "llm":
+        study.researcher.think_ahead(context)
+
+
+def thinks_ahead(study: Study) -> bool:
+    return bool(study.researcher) and study.plan.study.llm.thinks_ahead
+
+
+def context_of(
+    study: Study, number: int, journal: Journal, values: dict, read: Callable[[str], str | None]
+) -> Context:
+    """`values` and `read`: of the incumbent."""
+    return Context(
         number=number,
         seed=study.plan.study.seed,
-        journal=study.journal,
-        values=workspace.resolve(tree).model_dump(),
+        journal=journal,
+        values=values,
         baseline=study.plan.config.model_dump(),
         space=study.plan.space,
         sources=study.plan.study.sources,
@@ -165,11 +208,8 @@ def next_proposal(study: Study, number: int, folder: Path, tree: Path) -> Propos
         memory=study.memory,
         outside=lambda patient: outside.take(study, number, patient),
         researcher=study.researcher,
+        ahead=thinks_ahead(study),
     )
-    proposal = mixed.propose(context)
-    if proposal is not None:
-        write_json(path, asdict(proposal))
-    return proposal
 
 
 def apply(study: Study, trial: Trial, tree: Path, folder: Path, commit: str):

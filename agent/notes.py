@@ -1,7 +1,8 @@
 """Notes of a person for the model that proposes: `nightshift tell first "try a longer warm-up"`.
 
-Appended to notes.jsonl in the study's folder, whether it runs or not. The model's next proposal
-sees them, and the journal says which ones it was shown.
+Appended to notes.jsonl in the study's folder, whether it runs or not. The next proposal that the
+model begins with sees them, and the journal says which ones it was shown. One that it thinks of
+while a trial runs (study.llm.ahead) was begun with that trial.
 """
 
 import sys
@@ -40,7 +41,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"note {note['number']}: the next proposal of the model sees it")
+    print(f"note {note['number']}: the next proposal that the model begins with sees it")
     return 0
 
 

@@ -59,6 +59,8 @@ def objection(
 def _wrong_repeat(trials: Sequence[Trial], number: int, state: State) -> str | None:
     if not 0 <= number < len(trials):
         return f"repeats {number}: there is no such trial; the last is {len(trials) - 1}."
+    if trials[number].status == "running":
+        return f"repeats {number}: that trial runs now. Propose something else."
     if trials[number].digest != state.digest:
         return (
             f"repeats {number}: on the present incumbent it would not compute what trial {number} "

@@ -9,7 +9,7 @@ from typing import Any
 
 from agent import records, tools
 from agent.answer import MAX_REPAIRS, StudyFiles, repairs_so_far
-from agent.digest import digest
+from agent.digest import changes_of, digest
 from agent.journal import Journal, Trial
 from agent.quote import as_data
 
@@ -58,6 +58,8 @@ def first_message(study: StudyFiles, notes: list[dict], lessons: str, number: in
         parts += ["# Lessons from earlier trials", as_data(lessons, MAX_LESSONS_CHARS)]
     if failed := failed_idea(study.journal):
         parts.append(_failure(study, failed))
+    if (last := study.journal.trials[-1]).status == "running":
+        parts.append(_running(last))
     parts.append(f"Propose trial {number}.")
     return "\n\n".join(filter(None, parts))
 
@@ -116,6 +118,18 @@ def _failure(study: StudyFiles, trial: Trial) -> str:
             as_data(text, records.MAX_DIFF_CHARS // 2) if text else "",
             f"Its change is not in the files above. To try the idea again, mended, set repairs to "
             f"{trial.number}; otherwise propose something else.",
+        ]
+    )
+
+
+def _running(trial: Trial) -> str:
+    what = f"{trial.proposal.heading}\n{changes_of(trial.proposal)}"
+    return "\n\n".join(
+        [
+            f"# Trial {trial.number} runs now; its outcome is not known yet",
+            as_data(what, records.MAX_DIFF_CHARS // 2),
+            "Propose something else that is worth its trial whatever comes of this one. Yours "
+            f"is put on the files above or, if trial {trial.number} is kept, on what it leaves.",
         ]
     )
 

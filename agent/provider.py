@@ -8,6 +8,7 @@ Covered: a provider that is down, slow, limits the rate (Retry-After), is out of
 key, or answers what is no answer. Each attempt is in the ledger with what it cost.
 """
 
+import copy
 import os
 import queue
 import random
@@ -103,7 +104,9 @@ class Caller:
     """The one way to the model in a study."""
 
     def __init__(self, settings: LlmSettings, ledger: Ledger, stop: Stop):
-        self.settings, self.ledger, self.stop = settings, ledger, stop
+        self.settings, self.ledger = settings, ledger
+        self.stop = stop  # looked at all the time
+        self.stop_between = Stop()  # looked at between calls, none of which it cuts off
         self.show: Callable[[str], None] = lambda doing: None  # for the live view
         self.model = open_model(settings)
         if settings.output == "schema":
@@ -116,6 +119,12 @@ class Caller:
                 "study.llm.price={input: ..., output: ...} (dollars per million tokens) or a cap "
                 "in tokens, study.llm.cap_tokens.study=..."
             )
+
+    def beside(self, stop: Stop, stop_between: Stop) -> "Caller":
+        """The same, while the live view and the first `stop` are the running trial's."""
+        other = copy.copy(self)
+        other.stop, other.stop_between, other.show = stop, stop_between, lambda doing: None
+        return other
 
     def ask(
         self,
@@ -145,6 +154,7 @@ class Caller:
 
     def _attempt(self, trial: int, purpose: str, model, messages: list, tools: list[dict]):
         self.stop.check()
+        self.stop_between.check()
         most = self._most(messages, tools)
         self.ledger.must_fit(trial, most, self.settings)
         number = self.ledger.begin(trial, purpose, self.settings.model, most)
@@ -212,6 +222,7 @@ class Caller:
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             self.stop.check()
+            self.stop_between.check()
             time.sleep(POLL_S)
 
 

@@ -5,9 +5,11 @@ here; the rest is the pipeline's configuration, which fixed/config.py checks as 
 """
 
 import re
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
@@ -25,6 +27,7 @@ from nightshift.fixed.config import (
 )
 
 FORM_TOKENS = 256  # of an answer that is a form (agent/form.py): it has a sentence and a value
+ONE_HYDRA = threading.Lock()  # it composes for one thread at a time; a check may run beside a trial
 HARNESS_KEYS = (
     "parent_run_id",
     "run_name",
@@ -102,12 +105,26 @@ class LlmSettings(Group):
     max_retries: int = Field(ge=0, le=20)
     max_wait_s: float = Field(ge=0)
     max_calls: int = Field(ge=1, le=100)
+    ahead: bool | None = None  # of trial n + 1 while trial n runs; null: if `is_elsewhere`
     max_refusals: int = Field(ge=0, le=20)
     lessons_every: int = Field(ge=0)
     price: Price | None
     cap_dollars: Caps
     cap_tokens: Caps
     trace: bool
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Is it served by another machine, by its address? One that shares the trial's GPU or cores
+        slows the trial, which a budget in seconds and the limit of work (trial.py) would hold
+        against it."""
+        if self.base_url is None:
+            return str(self.model).split(":")[0] != "ollama"
+        return urlsplit(self.base_url).hostname not in ("localhost", "127.0.0.1", "::1")
+
+    @property
+    def thinks_ahead(self) -> bool:
+        return self.is_elsewhere if self.ahead is None else self.ahead
 
     @property
     def longest_answer(self) -> int:
@@ -350,4 +367,5 @@ def compose(conf: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     """The composed values of <conf>/<name>.yaml. Raises ConfigError when Hydra refuses."""
     from nightshift.command import compose as checked_compose
 
-    return checked_compose(name, overrides, conf)
+    with ONE_HYDRA:
+        return checked_compose(name, overrides, conf)

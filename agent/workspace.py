@@ -12,6 +12,8 @@ it makes the initial weights the same for all seeds. Data in many small literals
 """
 
 import ast
+import fcntl
+import functools
 import os
 import re
 import shutil
@@ -142,7 +144,7 @@ def uncommitted(repo: Path) -> list[str]:
 
 def place_of(repo: Path, branch: str) -> str | None:
     """The working tree that has the branch checked out, or None."""
-    for block in git(repo, "worktree", "list", "--porcelain").split("\n\n"):
+    for block in git_worktree(repo, "list", "--porcelain").split("\n\n"):
         lines = block.splitlines()
         if f"branch refs/heads/{branch}" in lines:
             return lines[0].removeprefix("worktree ")
@@ -164,11 +166,25 @@ def worktree(repo: Path, folder: Path, commit: str) -> Iterator[Path]:
     """A detached working tree of `commit` at `folder`, removed at the end."""
     remove_worktree(repo, folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    git(repo, "worktree", "add", "--detach", "--force", str(folder), commit)
+    git_worktree(repo, "add", "--detach", "--force", str(folder), commit)
     try:
         yield folder
     finally:
         remove_worktree(repo, folder)
+
+
+def git_worktree(repo: Path, *args: str) -> str:
+    """`git worktree`, one at a time: it fails where another one adds or removes an entry just then.
+    A proposal is checked beside the running trial, in a thread of the study or by another process.
+    """
+    with open(common_dir(repo) / "nightshift_worktrees", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # goes with the process, whatever ends it
+        return git(repo, "worktree", *args)
+
+
+@functools.cache
+def common_dir(repo: Path) -> Path:
+    return Path(git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir"))
 
 
 def remove_worktree(repo: Path, folder: Path) -> None:
@@ -176,7 +192,7 @@ def remove_worktree(repo: Path, folder: Path) -> None:
     for attempt in range(20):  # a git command of a loop that was killed just now may still write
         try:
             if str(folder.resolve()) in worktrees(repo):
-                git(repo, "worktree", "remove", "--force", "--force", str(folder))
+                git_worktree(repo, "remove", "--force", "--force", str(folder))
             break
         except StudyError:
             if attempt == 19:
@@ -186,7 +202,7 @@ def remove_worktree(repo: Path, folder: Path) -> None:
 
 
 def worktrees(repo: Path) -> list[str]:
-    lines = git(repo, "worktree", "list", "--porcelain").splitlines()
+    lines = git_worktree(repo, "list", "--porcelain").splitlines()
     return [line.removeprefix("worktree ") for line in lines if line.startswith("worktree ")]
 
 
@@ -250,7 +266,7 @@ def forget_command(name: str) -> str:
 
 def remove_stale_locks(repo: Path, name: str) -> None:
     """Lock files that a killed git left on this study's refs. The caller holds the study's lock."""
-    refs = Path(git(repo, "rev-parse", "--path-format=absolute", "--git-common-dir")) / "refs"
+    refs = common_dir(repo) / "refs"
     below = [
         *(refs / f"trials/{name}").glob("*.lock"),
         *(refs / f"promotions/{name}").rglob("*.lock"),

@@ -1,4 +1,5 @@
-"""Thirty trials of the real pipeline, proposed by a scripted model that does everything wrong once.
+"""Thirty trials of the real pipeline, proposed by a scripted model that does everything wrong once,
+while the trial before runs.
 
 python -m pytest -m slow -n 0 -s tests/test_llm_study.py     # minutes; prints what it counted
 """
@@ -95,6 +96,7 @@ def test_thirty_trials_with_every_trouble_finish_and_the_bill_is_right(clone):  
             "study.sources={llm: 1, sampler: 0, recipes: 0, combine: 0, simplify: 0}",
             "study.llm.model=openai:scripted",
             f"study.llm.base_url={server.url}", "study.llm.timeout_s=8", "study.llm.max_retries=2",
+            "study.llm.ahead=true",
             "study.llm.lessons_every=10", "study.llm.price={input: 1.0, output: 4.0}",
             "study.baseline_seeds=[1,2]", "study.max_seeds=2", "study.preflight_steps=1", *SMALL,
             "budget.amount=3", "model.depth=2", "evaluate.max_bytes=5000", "train.batch_tokens=512",
@@ -124,6 +126,9 @@ def test_thirty_trials_with_every_trouble_finish_and_the_bill_is_right(clone):  
     assert EVIL in journal.trials[3].reason, "said as it was, and obeyed by nobody"
     usages = [t.proposal.usage for t in journal.trials if t.proposal.usage]
     ours = (sum(u.input_tokens for u in usages), sum(u.output_tokens for u in usages))
+    beside = [n for n in events if "thought of while" in events[n]]
+    print(len(beside), "of 30 were thought of while the trial before ran")
+    assert len(beside) > 20 and "is dropped: that trial failed" in events[4]
     print("server's count", server.tokens, "journal's", ours, "ledger's", Ledger(folder).usage())
     print(said[said.index("---") :])
     assert ours == server.tokens

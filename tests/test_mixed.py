@@ -108,3 +108,13 @@ def test_the_same_journal_and_seed_give_the_same_turn():
     orders = [ranking(journal, EVEN, 5, 41) for _ in range(3)]
     assert orders[0] == orders[1] == orders[2] and sorted(orders[0]) == sorted(EVEN)
     assert len({tuple(ranking(journal, EVEN, seed, 41)) for seed in range(20)}) > 3
+
+
+def test_a_turn_that_is_known_before_the_last_trial_ends_does_not_depend_on_its_outcome():
+    journal = simulate(dict.fromkeys(EVEN, 0.1), 40, seed=1)
+    kept, lost = a_trial(41, "good", 0.5), a_trial(41, "good", -1, run_s=1e4)
+    for seed in range(30):
+        orders = [ranking([*journal, last], EVEN, seed, 42, 1) for last in (kept, lost)]
+        assert orders[0] == orders[1]
+    now = [[ranking([*journal, last], EVEN, s, 42)[0] for s in range(30)] for last in (kept, lost)]
+    assert now[0] != now[1], "else the above says nothing"

@@ -51,6 +51,7 @@ class Context:
     memory: list[Trial] = field(default_factory=list)
     note: Callable[[str], None] = field(default=lambda text: None)  # one line for the person
     researcher: Any = None  # agent.proposers.llm.Researcher, in a study that has one
+    ahead: bool = False  # turns are known while the trial before runs (mixed.py)
     # (patient) -> the next proposal of the inbox; not patient: None after study.outside_wait_s
     outside: Callable[[bool], Proposal | None] = field(default=lambda patient: None)
     wide: bool = False  # steps over the whole range: small ones have brought nothing for long

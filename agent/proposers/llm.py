@@ -6,17 +6,22 @@ goes back with the exact reason; after `max_refusals` of these, or when there is
 another source takes the trial. A failed trial is repaired by a new trial whose proposal says
 `repairs`, at most MAX_REPAIRS times for one idea.
 
+With study.llm.ahead it is asked for trial n + 1 while trial n runs (`think_ahead`), from a journal
+in which n is running. When n has ended, what came of it is used. It is dropped, and the model asked
+again, if n was kept and it does not apply to what n left, or if n is the model's and failed.
+
 What happened stands in the ledger (agent/costs.py) and, for each trial, in its proposal: model,
 usage, events, notes that were shown. The conversation itself is in conversations/NNN.jsonl.
 """
 
+import copy
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 from agent import prompt, tools
-from agent.answer import Answer, StudyFiles, check_answer, read_answer
+from agent.answer import Answer, StudyFiles, check_anew, check_answer, read_answer
 from agent.costs import Ledger
 from agent.form import SYSTEM as FORM_RULES
 from agent.form import Form
@@ -24,6 +29,7 @@ from agent.journal import Proposal
 from agent.lines import append_line, read_lines
 from agent.notes import MAX_NOTES, read_notes
 from agent.proposers import Context
+from agent.proposers.ahead import Thought
 from agent.provider import Caller, CallFailed
 from agent.quote import plain
 from agent.settings import LlmSettings, StudyError
@@ -50,9 +56,60 @@ class Researcher:
         self.caller = Caller(settings, self.ledger, stop)
         self.similar = Similar()
         self.shown: dict[int, list[int]] = {}  # trial -> notes
+        self.waited_s: dict[int, float] = {}  # trial -> at the end of thinking ahead
+        self.thought: Thought | None = None  # of the next trial, while one runs
 
     def propose(self, context: Context) -> Proposal | None:
         """None when it has no valid answer; the ledger has the reason. Raises Paused."""
+        if self.thought is None:
+            return self._ask(context)
+        began = time.monotonic()
+        proposal = self._recall(self.thought, context)
+        self.waited_s[context.number] = round(time.monotonic() - began, 3)
+        return proposal
+
+    def _recall(self, thought: Thought, context: Context) -> Proposal | None:
+        """What was thought of meanwhile; where that is of no use, what is thought of now."""
+        before = context.number - 1
+        try:
+            proposal = self._still_good(thought)
+        except (Refused, StudyError) as why:
+            self.thought = None
+            title = f" ('{thought.proposal.title}')" if thought.proposal else ""
+            dropped = f"what was thought of while trial {before} ran{title} is dropped: {why}"
+            self.ledger.event(context.number, _cut(dropped))
+            return self._ask(context)
+        self.thought = None  # not before: `close` ends what is waited for
+        if proposal:
+            proposal.events = [f"thought of while trial {before} ran"]
+        return proposal
+
+    def think_ahead(self, context: Context) -> None:
+        """Begin with the proposal of this context, whose journal ends with the trial that runs; the
+        next `propose` is for the same number and has what came of it."""
+        self.thought = thought = Thought()
+        beside = copy.copy(self)
+        beside.files = self.files._replace(journal=context.journal)
+        beside.caller = self.caller.beside(thought.now, thought.soon)
+        thought.begin(lambda: beside._ask(context))
+
+    def close(self) -> None:
+        if self.thought:
+            self.thought.end()
+
+    def _still_good(self, thought: Thought) -> Proposal | None:
+        """What was thought of, now that the trial has ended. Raises Refused: why it is dropped."""
+        last, stop = self.files.journal.trials[-1], self.caller.stop
+        if self.settings.output == "tools" and prompt.failed_idea(self.files.journal) is last:
+            thought.soon.requested = True
+            thought.wait(stop)
+            raise Refused("that trial failed, and whether to repair it comes first")
+        proposal = thought.result(stop)
+        if proposal and last.decision == "keep":
+            proposal = check_anew(self.files, proposal, self.similar).proposal
+        return proposal
+
+    def _ask(self, context: Context) -> Proposal | None:
         number = context.number
         try:
             if self.settings.output == "schema":
@@ -67,8 +124,9 @@ class Researcher:
     def sign(self, number: int, proposal: Proposal) -> None:
         """Write into the trial's proposal what the model had to do with it, whoever made it."""
         usage = self.ledger.usage(number)
-        proposal.events = list(self.ledger.events.get(number, []))
+        proposal.events = [*self.ledger.events.get(number, []), *proposal.events]
         if usage.calls or proposal.events:
+            usage.waited_s = self.waited_s.get(number)
             proposal.model, proposal.usage = self.settings.model, usage
             proposal.notes = self.shown.get(number, [])
 
@@ -160,13 +218,14 @@ class Researcher:
         path, every = self.files.folder / LESSONS_FILE, self.settings.lessons_every
         known = {"trial": 0, "text": ""}
         known |= (read_lines(path) or [{}])[-1]
-        if not every or number - known["trial"] <= every:
+        last = [t for t in self.files.journal.trials if t.status != "running"][-1].number
+        if not every or last - known["trial"] < every:
             return known["text"]
         try:
             text = self._distil(number, known)
         except CallFailed:  # in the ledger; the proposal is asked for all the same
             return known["text"]
-        append_line(path, {"trial": number - 1, "text": text})
+        append_line(path, {"trial": last, "text": text})
         return text
 
     def _distil(self, number: int, known: dict[str, Any]) -> str:

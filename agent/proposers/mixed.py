@@ -13,6 +13,9 @@ first. A source that has nothing to propose passes its turn to the next.
 Where the proposal is put, on the incumbent or on a stem, and who is asked first on a plateau is for
 strategy.py to say. A source that finds nothing on a stem is asked again on the incumbent.
 
+Where the model thinks ahead, whose turn it is is known while the trial before runs. So its outcome
+has no say in it, whether the model was asked by then or not.
+
 A pure function of the sources, the seed and the journal: a study can be told again.
 """
 
@@ -42,17 +45,17 @@ LEAST_COST = 0.25  # of the mean trial: a trial that fails at once still takes a
 
 def propose(context: Context) -> Proposal | None:
     """From the source whose turn it is; from the next one when that has nothing."""
-    names = ranking(context.journal.trials, context.sources, context.seed, context.number)
-    if context.researcher:
-        names += [name for name in FALLBACK if name not in names]
-    move = strategy.next_move(context)
+    order, move = turn(context)
+    thought = context.researcher and context.researcher.thought
+    if thought:
+        order.sort(key=lambda name: name != "llm")  # for which it was its turn
     if move.why:
         context.note(
             f"plateau: {context.plateau_after} trials without a keep since trial "
             f"{context.journal.incumbent.number}; structural moves and earlier ancestors take turns"
         )
-    found = (ask(name, context, move) for name in strategy.order(names, move))
-    proposal = (not move.why and strategy.proof_of(context)) or next(filter(None, found), None)
+    proof = None if thought or move.why else strategy.proof_of(context)
+    proposal = proof or next(filter(None, (ask(name, context, move) for name in order)), None)
     if proposal is None and context.sources.get("outside"):
         proposal = context.outside(True)  # for as long as it takes: nobody else has anything
     if proposal and context.researcher:
@@ -60,6 +63,16 @@ def propose(context: Context) -> Proposal | None:
     if proposal and move.why:
         proposal.events = [*proposal.events, move.why]
     return proposal
+
+
+def turn(context: Context) -> tuple[list[str], strategy.Move]:
+    """The sources in the order in which they are asked, and where the proposal is put."""
+    trials, unknown = context.journal.trials, 1 if context.ahead else 0
+    names = ranking(trials, context.sources, context.seed, context.number, unknown)
+    if context.researcher:
+        names += [name for name in FALLBACK if name not in names]
+    move = strategy.next_move(context)
+    return strategy.order(names, move), move
 
 
 def ask(name: str, context: Context, move: strategy.Move) -> Proposal | None:
@@ -75,13 +88,16 @@ def ask(name: str, context: Context, move: strategy.Move) -> Proposal | None:
 
 
 def ranking(
-    trials: Sequence[Trial], sources: dict[str, float], seed: int, number: int
+    trials: Sequence[Trial], sources: dict[str, float], seed: int, number: int, unknown: int = 0
 ) -> list[str]:
-    """The sources with a share, in the order in which they are asked for trial `number`."""
+    """The sources with a share, in the order in which they are asked for trial `number`.
+
+    `unknown`: of the last trials, how many have no say but that they had a turn.
+    """
     shares = {name: share / sum(sources.values()) for name, share in sources.items() if share}
     turns = [trial.proposal.source for trial in trials]
     owed = {name: FLOOR * share * number - turns.count(name) for name, share in shares.items()}
-    drawn = draws(trials, shares, seed, number)
+    drawn = draws(trials[: len(trials) - unknown], shares, seed, number)
     return sorted(shares, key=lambda name: (-max(owed[name], 1 - 1e-9), -drawn[name]))
 
 
@@ -126,8 +142,8 @@ def gains_of(trials: Sequence[Trial]) -> dict[int, float]:
 
 
 def cost_s(trial: Trial) -> float:
-    """Seconds of its runs, the parent's included, and of the language model that proposed it."""
-    asked = trial.proposal.usage.seconds if trial.proposal.usage else 0.0
+    """Seconds of its runs, the parent's included, and those that the study waited for the model."""
+    asked = trial.proposal.usage.waited if trial.proposal.usage else 0.0
     return asked + sum(run.wall_s or 0.0 for run in trial.runs + trial.parent_runs)
 
 
