@@ -276,7 +276,7 @@ def ancestor_stem(context: Context, depth: int) -> Stem | None:
     """The incumbent without its newest `depth` kept changes; None where they do not come out."""
     newest = context.journal.lineage[1:][-depth:][::-1]
     before = values_before(context.journal, flatten(context.baseline))
-    undone = [without(trial, before[trial.number]) for trial in newest]
+    undone = [without(t.number, t.proposal, before[t.number]) for t in newest]
     overrides = {key: value for change in undone for key, value in change.overrides.items()}
     edits = tuple(edit for change in undone for edit in change.edits)
     if not newest or any(not edit.search for edit in edits):

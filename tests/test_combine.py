@@ -130,3 +130,26 @@ def test_a_change_that_is_not_there_any_more_or_saves_no_line_stays(tmp_path):
     assert ask(simplify, tmp_path, trials, INCUMBENT, incumbent_values(0.05)) is None
     trials[0].proposal = change("A = 1\n", "A = 4\nA += 1\n")  # changed since
     assert ask(simplify, tmp_path, trials, INCUMBENT, incumbent_values(0.05)) is None
+
+
+def test_each_step_of_a_kept_whole_can_be_taken_out_alone_the_last_kept_one_included(tmp_path):
+    """Trial 2 on 1 on the baseline, kept as a whole: trial 1 wrote a line that brought nothing."""
+    line, rate = (
+        change("A = 1\n", "A = 1\nA += 1\n"),
+        change("B = 1", "B = 2", optim__matrix_lr=0.03),
+    )
+    whole = change("A = 1\n", "A = 1\nA += 1\n", optim__matrix_lr=0.03)
+    whole.edits += rate.edits
+    whole.builds_on = [1]
+    trials = [a_trial(1, line, 0.0001), a_trial(2, whole, 0.02, "keep")]
+    for trial, difference in zip(trials, (0.0001, 0.02), strict=True):
+        trial.differences = [difference]
+    text = "A = 1\nA += 1\nB = 2\nC = 1\n"
+    proposal = ask(simplify, tmp_path, trials, text, incumbent_values(0.03))
+    assert proposal.title == f"without trial 1: {line.title}" and not proposal.overrides
+    (edit,) = proposal.edits
+    assert text.replace(edit.search, edit.replace) == "A = 1\nB = 2\nC = 1\n"
+    trials.append(a_trial(3, proposal, -0.01, parent=2))
+    second = ask(simplify, tmp_path, trials, text, incumbent_values(0.03))
+    assert second.overrides == {"optim.matrix_lr": flatten(VALUES)["optim.matrix_lr"]}
+    assert [(e.search, e.replace) for e in second.edits] == [("B = 2", "B = 1")]
