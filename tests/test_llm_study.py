@@ -126,9 +126,9 @@ def test_thirty_trials_with_every_trouble_finish_and_the_bill_is_right(clone):  
     assert EVIL in journal.trials[3].reason, "said as it was, and obeyed by nobody"
     usages = [t.proposal.usage for t in journal.trials if t.proposal.usage]
     ours = (sum(u.input_tokens for u in usages), sum(u.output_tokens for u in usages))
-    beside = [n for n in events if "thought of while" in events[n]]
+    beside = [n for n in events if "| thought of while" in f"| {events[n]}"]
     print(len(beside), "of 30 were thought of while the trial before ran")
-    assert len(beside) > 20 and "is dropped: that trial failed" in events[4]
+    assert len(beside) > 15 and "is dropped: that trial failed" in events[4]
     print("server's count", server.tokens, "journal's", ours, "ledger's", Ledger(folder).usage())
     print(said[said.index("---") :])
     assert ours == server.tokens
