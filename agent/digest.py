@@ -31,14 +31,17 @@ def digest(journal: Journal) -> str:
 
 
 def rows(journal: Journal, room: int) -> str:
-    """The counts and as many of the newest trials as fit into `room` characters, newest last."""
-    lines, kept = [_counts(journal)], []
+    """As many of the newest trials as fit into `room` characters, newest last; then the counts.
+
+    In this order a prompt grows at its end, and a server reuses what it computed for its start.
+    """
+    counts, kept = _counts(journal), []
     for trial in reversed(journal.trials[1:]):
         room -= len(line := _row(trial)) + 1
-        if room < len(lines[0]):
+        if room < len(counts):
             break
         kept.insert(0, line)
-    return "\n".join(lines + kept) if room >= 0 else ""
+    return "\n".join([*kept, counts]) if room >= 0 else ""
 
 
 def _section(title: str, lines: list[str]) -> str:
