@@ -123,7 +123,7 @@ def measure(files: StudyFiles, researcher: Researcher, constrained: bool, count:
         print("   ", json.dumps(text)[:250], flush=True)
         found = judge(files, form, text)
         answers.add(form, found)
-        inside = re.search(r"\{.*?\}\s*\}", text, re.DOTALL)
+        inside = re.search(r"\{.*\}", text, re.DOTALL)
         lenient = judge(files, form, inside.group()) if inside else ""
         answers.cut_out += isinstance(lenient, Proposal)
         if isinstance(found, Proposal):
