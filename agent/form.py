@@ -16,6 +16,7 @@ Not covered: code, several keys at once, keys that the study does not search, re
 
 import json
 import math
+import re
 import secrets
 from typing import Any
 
@@ -35,8 +36,11 @@ NUM_VALUES = 24  # of one range: neighbours differ by 4 % of it, novelty.TOLERAN
 # journal beside measured ones. Bounded, so that the answer ends within FORM_TOKENS.
 SENTENCE = "^[A-Z][a-z]{0,13}( [A-Za-z,'-]{1,14}){3,19}[.]$"
 TEMPLATE_TOKENS = 64  # what the server puts around messages
-CHARS_PER_TOKEN = 2.5  # keys and numbers are cut finer than sentences
+# What counts as a token: tokenizers of small models cut numbers into digits and words into pieces.
+# For SmolLM2 1.04 to 1.11 times its own count of a record of values, 1.3 times that of prose.
+PIECES = re.compile(r"[A-Z]{1,2}|[a-z]{1,4}|\s+(?=\d)|\n|[^\sA-Za-z]")
 MARK = secrets.token_hex(4)  # the same in all prompts of this process (digest.rows)
+NOTES = "# Notes of the person who runs the study"
 NO_EFFECT = "the form does not ask for it"
 
 SYSTEM = """\
@@ -102,24 +106,25 @@ class Form:
 
     def message(self, notes: list[dict], context_tokens: int) -> str:
         """Raises CallFailed: not even keys and rules fit."""
-        room = int((context_tokens - FORM_TOKENS - TEMPLATE_TOKENS) * CHARS_PER_TOKEN)
+        room = context_tokens - FORM_TOKENS - TEMPLATE_TOKENS
         refused = "\n".join(f"- {_cut(reason)}" for reason in self.refused[-2:])
         first = "# Settings: present value, and what is allowed\n" + self._keys()
         last = f"# Refused just now\n{refused}\n\n" if refused else ""
         last += f"Fill in the form for trial {len(self.study.journal)}."
-        room -= len(SYSTEM) + len(first) + len(last)
+        room -= num_tokens(SYSTEM + first + last)
         if room < 0:
-            more = math.ceil(-room / CHARS_PER_TOKEN)
             raise CallFailed(
                 "context too small",
                 f"study.llm.context_tokens ({context_tokens}) cannot hold the settings of space; "
-                f"it needs {more} more",
+                f"it needs {-room} more",
                 retry=False,
             )
         told = _notes(notes, room // 3)
-        record = digest.rows(self.study.journal, room - len(told) - 100)  # 100: marks, headings
-        quoted = f"# The record, newest last\n{as_data(record, room, MARK)}" if record else ""
-        return "\n\n".join(filter(None, [first, told, quoted, last]))
+        room -= num_tokens(told) + 40  # marks, headings
+        record = digest.rows(self.study.journal, room, num_tokens)
+        quoted = as_data(record, len(record), MARK)
+        record = record and f"# The record, newest last\n{quoted}"
+        return "\n\n".join(filter(None, [first, told, record, last]))
 
     def _keys(self) -> str:
         goal = f"(lower {self.study.target.name})"
@@ -201,10 +206,16 @@ def _notes(notes: list[dict], room: int) -> str:
     kept: list[str] = []
     for note in reversed(notes):
         line = f"{note['number']}. {note['text']}"
-        if sum(map(len, kept)) + len(line) + 60 > room:
+        if num_tokens("\n".join([NOTES, line, *kept])) > room:
             break
         kept.insert(0, line)
-    return "\n".join(["# Notes of the person who runs the study", *kept]) if kept else ""
+    return "\n".join([NOTES, *kept]) if kept else ""
+
+
+def num_tokens(text: str) -> int:
+    """About, and rather too many."""
+    pieces = PIECES.findall(text)
+    return sum(1 if piece.isascii() else len(piece.encode("utf-8", "replace")) for piece in pieces)
 
 
 def _cut(reason: str, limit: int = 200) -> str:

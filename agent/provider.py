@@ -232,8 +232,9 @@ def failure_of(error: BaseException) -> CallFailed:
     if status in (408, 409) or "Timeout" in names:
         return CallFailed("timeout", said, retry=True)
     if status is not None and any(words in f"{code} {said}".lower() for words in TOO_LONG):
-        said += ". Give the server a longer context, or study.llm.output=schema and lower "
-        return CallFailed("context too small", f"{said}study.llm.context_tokens", retry=False)
+        move = "Give the server a longer context, or study.llm.output=schema and lower "
+        said = f"{said.rstrip('.')}. {move}study.llm.context_tokens"
+        return CallFailed("context too small", said, retry=False)
     if status is not None and 400 <= status < 500:
         return CallFailed("request refused", said, retry=False)
     if status is not None and status >= 500:

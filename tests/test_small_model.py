@@ -25,7 +25,7 @@ from test_llm import ask, files, llm, recorded  # noqa: F401  two are fixtures
 from agent import provider
 from agent.answer import StudyFiles
 from agent.costs import Ledger
-from agent.journal import Proposal
+from agent.journal import Proposal, Run
 from agent.loop import main
 from agent.proposers.llm import Researcher
 from agent.settings import FORM_TOKENS
@@ -88,9 +88,18 @@ def researcher(files: StudyFiles, address: str, **changes) -> Researcher:  # noq
 
 def join(files: StudyFiles, proposal: Proposal) -> None:  # noqa: F811
     """It ran and was discarded."""
-    trial = a_trial(len(files.journal), proposal)
+    runs = [Run(seed=1, status="ok", val_bpb=2.21, wall_s=1.0)]
+    trial = a_trial(len(files.journal), proposal, runs=runs)
     trial.changed, trial.shape = dict(proposal.overrides), files.journal.incumbent.shape
     files.journal.trials.append(trial)
+
+
+def join_many(files: StudyFiles, number: int) -> None:  # noqa: F811
+    for n in range(1, number):
+        value = round(0.6 + n / 2000, 4)
+        title = f"beta1 0.8 -> {value}"
+        change = {"optim.beta1": value}
+        join(files, Proposal(title=title, hypothesis="h", source="x", overrides=change))
 
 
 def when_asked(folder: Path, do) -> threading.Thread:
@@ -120,20 +129,15 @@ def test_all_it_answers_applies_and_nothing_comes_twice(files, address):  # noqa
 
 
 def test_a_long_record_fits_into_its_context_by_its_own_count(files, address):  # noqa: F811
-    for number in range(1, 400):
-        change = {"optim.beta1": 0.6 + number / 2000}
-        title = f"beta1 {change['optim.beta1']} -> {change['optim.beta1'] + 0.0005}"
-        join(files, Proposal(title=title, hypothesis="h", source="llm", overrides=change))
+    join_many(files, 400)
     proposal = ask(files, researcher(files, address))
     print(f"{proposal.title}: {proposal.hypothesis} {proposal.usage}")
     assert proposal.source == "llm" and proposal.events == []
-    assert 0.6 * CONTEXT < proposal.usage.input_tokens + FORM_TOKENS <= CONTEXT
+    assert 0.75 * CONTEXT < proposal.usage.input_tokens + FORM_TOKENS <= CONTEXT
 
 
 def test_a_context_that_the_server_does_not_have_costs_the_turn_and_is_said(files, address):  # noqa: F811
-    for number in range(1, 400):
-        change = {"optim.beta1": 0.6 + number / 2000}
-        join(files, Proposal(title=f"beta1 {change}", hypothesis="h", source="x", overrides=change))
+    join_many(files, 400)
     proposal = ask(files, researcher(files, address, context_tokens=4 * CONTEXT))
     print(proposal.events)
     assert proposal.source == "sampler" and proposal.usage.failed == 1
