@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import threading
+from bisect import bisect
 from collections import Counter
 from pathlib import Path
 
@@ -85,8 +86,8 @@ class Answers:
 
     def __init__(self):
         self.outcomes, self.keys, self.words = Counter(), Counter(), Counter()
-        self.cut_out = self.upward = self.at_end = self.named = 0
-        self.upward_by_lot = self.at_end_by_lot = 0.0
+        self.cut_out = self.upward = self.steps = self.named = 0
+        self.upward_by_lot = self.steps_by_lot = 0.0
 
     def add(self, form: Form, found: Proposal | str) -> None:
         if isinstance(found, str):
@@ -100,14 +101,17 @@ class Answers:
         self.named += key.split(".")[-1].replace("_", " ") in found.hypothesis.replace("_", " ")
         self.upward += value > present
         self.upward_by_lot += sum(v > present for v in values) / len(values)
-        self.at_end += value in (values[0], values[-1])
-        self.at_end_by_lot += 2 / len(values)
+        places = [n + 0.5 - bisect(values, present) for n in range(len(values))]
+        self.steps += abs(places[values.index(value)])
+        self.steps_by_lot += statistics.mean(map(abs, places))
 
     def show(self) -> None:
         print(f"  outcomes {dict(self.outcomes)}; JSON cut out of text applies: {self.cut_out}")
         print(f"  keys {dict(self.keys.most_common())}")
         print(f"  upward {self.upward}, a lot on the same keys {self.upward_by_lot:.1f};", end=" ")
-        print(f"first or last value {self.at_end}, a lot {self.at_end_by_lot:.1f}")
+        count = max(1, self.outcomes["applies"])
+        print(f"values from the present one {self.steps / count:.1f},", end=" ")
+        print(f"a lot {self.steps_by_lot / count:.1f}")
         print(f"  hypotheses: {len(self.words)} different, {self.named} name their setting")
 
 

