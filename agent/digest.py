@@ -7,6 +7,7 @@ what was tried, and the reasons of failures with their counts. The rest is found
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 from agent.answer import outcome
 from agent.journal import Journal, Proposal, Trial
@@ -14,6 +15,7 @@ from agent.quote import plain
 from agent.similar import units_of
 
 KEPT, MISSES, FAILURES, UNITS, RECENT = 10, 8, 6, 40, 10
+STEP = 8  # rows
 TITLE, HYPOTHESIS, REASON, EDIT = 100, 200, 220, 300  # characters
 
 
@@ -30,15 +32,25 @@ def digest(journal: Journal) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def rows(journal: Journal, room: int) -> str:
-    """The counts and as many of the newest trials as fit into `room` characters, newest last."""
-    lines, kept = [_counts(journal)], []
+def rows(journal: Journal, room: int, size: Callable[[str], int]) -> str:
+    """As many of the newest trials as fit into `room` by `size`, newest last; then the counts.
+
+    In this order a prompt grows at its end, and a server reuses what it computed for its start. So
+    once not all fit, the first row moves by STEP at a time, where that leaves half of them.
+    """
+    counts, kept = _counts(journal), []
+    if (room := room - size(counts)) < 0:
+        return ""
     for trial in reversed(journal.trials[1:]):
-        room -= len(line := _row(trial)) + 1
-        if room < len(lines[0]):
+        room -= size(line := _row(trial)) + 1
+        if room < 0:
             break
         kept.insert(0, line)
-    return "\n".join(lines + kept) if room >= 0 else ""
+    first = len(journal.trials) - len(kept)
+    left_out = -first % STEP if first > 1 else 0
+    if 2 * left_out <= len(kept):
+        kept = kept[left_out:]
+    return "\n".join([*kept, counts])
 
 
 def _section(title: str, lines: list[str]) -> str:

@@ -28,6 +28,7 @@ KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 FIRST_WAIT_S = 1.0  # doubled with each retry
 MAX_MESSAGE_CHARS = 300
 POLL_S = 0.05
+TOO_LONG = ("context_length", "context length", "context size")
 NO_CREDIT = ("insufficient_quota", "credit balance", "billing", "payment required")
 
 
@@ -241,6 +242,10 @@ def failure_of(error: BaseException) -> CallFailed:
         return CallFailed("key refused", said, retry=False)
     if status in (408, 409) or "Timeout" in names:
         return CallFailed("timeout", said, retry=True)
+    if status is not None and any(words in f"{code} {said}".lower() for words in TOO_LONG):
+        move = "Give the server a longer context, or study.llm.output=schema and lower "
+        said = f"{said.rstrip('.')}. {move}study.llm.context_tokens"
+        return CallFailed("context too small", said, retry=False)
     if status is not None and 400 <= status < 500:
         return CallFailed("request refused", said, retry=False)
     if status is not None and status >= 500:

@@ -13,11 +13,11 @@ KEPT = "\n\t"
 REMOVED = ("Cc", "Cf", "Cs")  # control, format (zero width, tags), half surrogates
 
 
-def as_data(text: str, max_chars: int) -> str:
+def as_data(text: str, max_chars: int, mark: str = "") -> str:
     """Text that a run or an agent wrote, capped in the middle, between marks that it cannot hold.
 
-    The mark is a digest of the text, so no text can contain its own. Control characters, escape
-    sequences and invisible format characters go.
+    The mark is a digest of the text, so no text can contain its own; or `mark`, if the text does
+    not hold it. Control characters, escape sequences and invisible format characters go.
     """
     text = plain(text)
     if len(text) > max_chars:
@@ -25,7 +25,8 @@ def as_data(text: str, max_chars: int) -> str:
         text = (
             f"{text[:head]}\n[... {len(text) - max_chars} characters left out ...]\n{text[-tail:]}"
         )
-    mark = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
+    if not mark or mark in text:
+        mark = hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:8]
     return f"<data {mark}>\n{text}\n</data {mark}>"
 
 

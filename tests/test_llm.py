@@ -175,7 +175,8 @@ def test_much_alike_has_to_say_what_differs_and_the_journal_has_it(files):
         (fail(400, "Your credit balance is too low"), "out of credit", 1),
         (fail(402, "pay"), "out of credit", 1),
         (fail(401, "bad key"), "key refused", 1),
-        (fail(400, "context too long"), "request refused", 1),
+        (fail(400, "no such model"), "request refused", 1),
+        (fail(400, "maximum context length is 2048 tokens"), "context too small", 1),
     ],
 )
 def test_a_provider_that_fails_is_retried_where_that_helps_and_another_source_goes_on(
