@@ -123,7 +123,7 @@ def gain_of(trial: Trial) -> float:
 def cost_s(trial: Trial) -> float:
     """Seconds of its runs, the parent's included, and of the language model that proposed it."""
     asked = trial.proposal.usage.seconds if trial.proposal.usage else 0.0
-    return asked + sum(run.wall_s or 0.0 for run in trial.runs + trial.parent_runs)
+    return asked + sum(run.wall_s or 0.0 for run in trial.made)
 
 
 def _mean(numbers: list[float]) -> float:
