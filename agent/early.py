@@ -169,7 +169,9 @@ def runs_on(num_passed: int) -> bool:
 def ran_on(trial: Trial) -> str:
     """Of one that passed the limit and was not stopped."""
     end = "was hopeless" if was_hopeless(trial) else "had hope: a false stop"
-    return f"early stopping would have ended it ({trial.behind:.4f} behind on dev), and it {end}"
+    is_short = trial.rung is not None and trial.rung.behind == trial.behind
+    where = "in its short run" if is_short else "on dev"
+    return f"early stopping would have ended it ({trial.behind:.4f} behind {where}), and it {end}"
 
 
 def was_hopeless(trial: Trial) -> bool:

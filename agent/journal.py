@@ -72,6 +72,11 @@ class Proposal:
         return "code" if self.edits else "config" if self.overrides else "baseline"
 
     @property
+    def runs_again(self) -> bool:
+        """Does it compute on purpose what an earlier trial did?"""
+        return self.repeats is not None or self.proves is not None
+
+    @property
     def heading(self) -> str:
         """The title, and the trials that the change goes beyond: `GELU (on 013, without 021)`."""
         again = [] if self.proves is None else [self.proves]
@@ -124,6 +129,16 @@ class Run(Scored):
 
 
 @dataclass(kw_only=True)
+class Rung:
+    """A short run on the first seed, before the whole one (ladder.py). It has no part in a keep."""
+
+    share: float  # of the budget
+    run: Run
+    parent_run: Run | None = None  # the parent's, if it was made for this trial
+    behind: float | None = None  # its parent, bpb; null: one of the two runs failed
+
+
+@dataclass(kw_only=True)
 class Trial(Scored):
     """One proposal, run and judged."""
 
@@ -147,7 +162,8 @@ class Trial(Scored):
     parent_runs: list[Run] = field(default_factory=list)  # of the parent, made for this trial
     drift: float | None = None  # the parent's number made again, minus what it was
     drifted: bool = False  # by too much: the parent's earlier runs no longer compare
-    behind: float | None = None  # its parent by so many bpb on dev: too far (early.py)
+    behind: float | None = None  # its parent by so many bpb: too far (early.py, ladder.py)
+    rung: Rung | None = None
     commit: str | None = None  # the code and config that ran
     digest: str | None = None  # of resolved config and editable code
     data_digest: str | None = None
@@ -161,6 +177,12 @@ class Trial(Scored):
     @property
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs]
+
+    @property
+    def made(self) -> list[Run]:
+        """All that ran for this trial."""
+        short = [self.rung.run, self.rung.parent_run] if self.rung else []
+        return [*filter(None, short), *self.runs, *self.parent_runs]
 
     @property
     def failed(self) -> bool:
@@ -224,6 +246,16 @@ class Journal:
                 runs = ([] if later.drifted else runs) + later.parent_runs
         return {run.seed: run for run in sorted(runs, key=lambda run: run.status == "ok")}
 
+    def rung_of(self, trial: Trial, share: float, child: Trial) -> Run | None:
+        """A trial's short run with this share, its own or the one made later for a child. One from
+        before a drift no longer counts. `child`: one that is not in the journal yet."""
+        found = trial.rung.run if trial.rung and trial.rung.share == share else None
+        for later in [t for t in [*self.trials, child] if t.parent == trial.number]:
+            found = None if later.drifted else found
+            if later.rung and later.rung.share == share:
+                found = later.rung.parent_run or found
+        return found
+
     def before(self, trial: Trial) -> "Journal":
         """The journal as it was when this trial was judged."""
         earlier = copy.copy(self)
@@ -273,6 +305,12 @@ def proposal_from_json(values: dict[str, Any]) -> Proposal:
     return Proposal(**{**values, "edits": [Edit(**e) for e in values["edits"]], "usage": usage})
 
 
+def rung_from_json(values: dict[str, Any]) -> Rung:
+    parent = values["parent_run"]
+    runs = {"run": Run(**values["run"]), "parent_run": Run(**parent) if parent else None}
+    return Rung(**{**values, **runs})
+
+
 def trial_from_json(values: dict[str, Any]) -> Trial:
     return Trial(
         **{
@@ -280,5 +318,6 @@ def trial_from_json(values: dict[str, Any]) -> Trial:
             "proposal": proposal_from_json(values["proposal"]),
             "runs": [Run(**r) for r in values["runs"]],
             "parent_runs": [Run(**r) for r in values.get("parent_runs", [])],
+            "rung": rung_from_json(values["rung"]) if values.get("rung") else None,
         }
     )

@@ -25,6 +25,7 @@ from agent.compare import (
     training_of,
 )
 from agent.journal import Run, Trial
+from agent.ladder import shortened
 from agent.loop import bench
 from agent.novelty import State, changed_values, editable_values
 from agent.replays import Key
@@ -36,6 +37,7 @@ from nightshift.fixed.config import ConfigError, config_digest
 from nightshift.fixed.result import CHECKPOINT_FOLDER
 
 REPLAYS_FOLDER = "replays"  # in the study's folder, like trials/
+APART = ("parent", "short")  # have a folder of their own in that of their trial
 PROGRESS_FILE = "progress.f32"  # of a run: what fixed/budget.py recorded of each step
 PATIENCE = 4.0  # wall limits, for a run that ended within one: the machine may be busy today
 
@@ -45,7 +47,7 @@ class Job:
     """One run to make again."""
 
     trial: Trial
-    what: str  # run | parent | preflight | refusal
+    what: str  # run | parent | short | preflight | refusal
     run: Run | None  # as the journal has it
     clock: str  # recorded | again
 
@@ -63,15 +65,20 @@ Tell = Callable[[Job, Seen, Seen | None, Outcome], None]
 
 
 def jobs_of(trial: Trial, seeds: str, clock: str) -> list[Job]:
-    """`seeds`: all, also those of the parent that this trial asked for; or first: the first run,
-    of a failed trial the one that failed."""
+    """`seeds`: all, also those of the parent that this trial asked for, and its short run; or
+    first: the first run, of a failed trial the one that failed, of one that a short run ended that.
+    The parent's short run is not made again."""
+    short = trial.rung and Job(trial=trial, what="short", run=trial.rung.run, clock=clock)
+    if short and not trial.runs:
+        return [short]
     if not trial.runs:
         what = "preflight" if trial.reason.startswith("preflight:") else "refusal"
         return [Job(trial=trial, what=what, run=None, clock="recorded")]
     one = trial.runs[-1] if trial.status != "ok" else trial.runs[0]
     runs = [("run", run) for run in (trial.runs if seeds == "all" else [one])]
     runs += [("parent", run) for run in (trial.parent_runs if seeds == "all" else [])]
-    return [Job(trial=trial, what=what, run=run, clock=clock) for what, run in runs]
+    jobs = [Job(trial=trial, what=what, run=run, clock=clock) for what, run in runs]
+    return jobs + ([short] if short and seeds == "all" else [])
 
 
 def groups_of(jobs: list[Job]) -> list[list[Job]]:
@@ -88,7 +95,7 @@ def replay_group(
     """Calls `tell` after each. `wrong`: what in the trial's record contradicts itself."""
     trial, what = jobs[0].trial, jobs[0].what
     folder = study.folder / REPLAYS_FOLDER / f"{trial.number:03d}"
-    folder = folder / "parent" if what == "parent" else folder
+    folder = folder / what if what in APART else folder
     owner = study.journal.trials[trial.parent] if what in ("parent", "refusal") else trial
     left = list(jobs)
     try:
@@ -98,6 +105,8 @@ def replay_group(
                 tell(jobs[0], *refuse_again(study, trial, tree, noise, wrong))
                 return
             on = rebuilt(study, owner, tree, folder)
+            if what == "short":
+                on = replace(on, config=shortened(on.config, trial.rung.share))
             data = None if what == "preflight" else Data(on)
             for job in jobs:
                 study.stop.check()

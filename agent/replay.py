@@ -22,7 +22,7 @@ from agent import replays, workspace
 from agent.compare import Outcome, Seen, arithmetic, sigmas, stated
 from agent.journal import Trial
 from agent.loop import EXIT_INTERRUPTED
-from agent.rebuild import REPLAYS_FOLDER, Job, clear, groups_of, jobs_of, replay_group
+from agent.rebuild import APART, REPLAYS_FOLDER, Job, clear, groups_of, jobs_of, replay_group
 from agent.replays import Replay
 from agent.report import find_study, mirror_of, write_report
 from agent.screen import Screen
@@ -185,7 +185,8 @@ def open_study(repo: Path, name: str, stop):
         examine_sandbox(plan)
         workspace.remove_worktrees_under(repo, folder)
         for place in (folder / REPLAYS_FOLDER).glob("*"):
-            clear(place), clear(place / "parent")
+            for each in (place, *(place / name for name in APART)):
+                clear(each)
         base = workspace.worktree(repo, folder / BASE_FOLDER, settings["first_commit"])
         bases.enter_context(base)
         starter = Starter(folder, plan.study.warm)

@@ -24,7 +24,7 @@ class Key(NamedTuple):
     """Names one run of a study."""
 
     trial: int
-    what: str  # run | parent | preflight | refusal
+    what: str  # run | parent | short | preflight | refusal
     seed: int | None  # None: the trial failed before its first run
     clock: str  # recorded | again
 
@@ -34,7 +34,8 @@ class Replay:
     """One run made again: what the record said, what came out, and what that means."""
 
     trial: int
-    what: str  # run | parent (of the parent, made for this trial) | preflight | refusal
+    # run | parent (of the parent, made for this trial) | short (ladder.py) | preflight | refusal
+    what: str
     seed: int | None
     clock: str  # recorded: step for step; again: on the clock, which decides how many steps
     outcome: str
@@ -178,6 +179,6 @@ def section(study_folder: Path, journal: Path) -> str | None:
 
 def name_of(replay: Replay) -> str:
     seed = "" if replay.seed is None else f", seed {replay.seed}"
-    parent = " of its parent" if replay.what == "parent" else ""
+    whose = {"parent": " of its parent", "short": " of its short run"}.get(replay.what, "")
     clock = ", on the clock" if replay.clock == "again" else ""
-    return f"{replay.trial:03d}{seed}{parent}{clock}"
+    return f"{replay.trial:03d}{seed}{whose}{clock}"

@@ -45,7 +45,7 @@ COLUMNS = (
     "trial", "decision", "run_status", "gain", "parent", "source", "change", "seeds", "steps",
     "tokens", "tokens_per_s", "mfu", "num_params", "train_s", "wall_s", "lines_added",
     "lines_removed", "started_at", "estimate", "low", "high", "evidence", "parent_runs", "drift",
-    "hypothesis", "reason", *MODEL_COLUMNS,
+    "short_behind", "hypothesis", "reason", *MODEL_COLUMNS,
 )  # fmt: skip
 
 
@@ -307,6 +307,7 @@ def _row(trial: Trial) -> dict[str, Any]:
         "evidence": trial.evidence,
         "parent_runs": len(trial.parent_runs),
         "drift": trial.drift,
+        "short_behind": trial.rung and trial.rung.behind,
         "hypothesis": trial.proposal.hypothesis,
         "reason": trial.reason,
     }

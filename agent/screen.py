@@ -78,5 +78,5 @@ def replay_line(replay: Replay, title: str) -> str:
     now = replay.status_now or "-"
     now = now if replay.val_bpb_now is None else f"{replay.val_bpb_now:.9f}"
     seed = "-" if replay.seed is None else replay.seed
-    title = f"{title} (its parent)" if replay.what == "parent" else title
+    title += {"parent": " (its parent)", "short": " (its short run)"}.get(replay.what, "")
     return f"{replay.trial:>5}  {seed:>4}  {replay.outcome:14} {then:>13} {now:>13}  {title}"

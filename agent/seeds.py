@@ -8,7 +8,7 @@ that run with the trial that asked for it. No run of a parent is made twice.
 import shutil
 from dataclasses import replace
 
-from agent import early, strategy, workspace
+from agent import early, ladder, strategy, workspace
 from agent.base import for_runs
 from agent.decide import (
     Bar,
@@ -21,7 +21,7 @@ from agent.decide import (
     next_seed,
     pair,
 )
-from agent.journal import Run, Trial
+from agent.journal import Run, Rung, Trial
 from agent.study import BaselineFailed, Study
 from agent.trial import PREPARE_LIMIT_S, Bench, data_digest
 from nightshift.fixed.config import Config
@@ -38,6 +38,7 @@ def run_seeds(study: Study, trial: Trial, parent: Trial | None, on: Bench) -> No
         trial.status, trial.reason = check.status, f"preflight: {check.message}"
     elif parent:
         check_drift(study, trial, parent, on)
+        climb(study, trial, parent, on)
     while trial.status == "ok" and (seed := wanted_seed(study, trial, parent)) is not None:
         if parent and seed not in study.journal.runs_of(parent, trial):
             trial.parent_runs.append(run_parent(study, parent, seed, on))
@@ -67,22 +68,49 @@ def wanted_seed(study: Study, trial: Trial, parent: Trial | None) -> int | None:
 def watch_for(
     study: Study, trial: Trial, parent: Trial | None, seed: int, checks: int
 ) -> early.Watch | None:
-    """Of a trial's first run, once enough is known of earlier ones."""
-    rate = study.plan.study.early_stop
-    if parent is None or trial.runs or not rate or checks < 1:
-        return None
-    bar = bar_for(study.journal.trials, trial.proposal.kind, study.plan.study.rule)
-    shorter = trial.lines_removed > trial.lines_added
-    known = early.limit_of(
-        early.history_of(study.folder, study.journal, checks),
-        lambda gain: decide([gain], bar, shorter).kind == "discard",
-        rate,
-    )
+    """Of a trial's first run, once enough is known of earlier ones. None for one that is behind
+    already and runs on as a check."""
+    known, first = None, parent is not None and not trial.runs
+    if first and trial.behind is None and study.plan.study.early_stop and checks >= 1:
+        known = limit_for(study, trial, early.history_of(study.folder, study.journal, checks))
     if known is None:
         return None
     parents = early.curve_of(study.folder, study.journal.runs_of(parent, trial)[seed])
-    num_passed = sum(t.behind is not None for t in study.journal.trials)
-    return early.Watch(parents, known, checks, early.runs_on(num_passed))
+    return early.Watch(parents, known, checks, is_check(study))
+
+
+def limit_for(study: Study, trial: Trial, history: list[early.Past]) -> early.Limit | None:
+    bar = bar_for(study.journal.trials, trial.proposal.kind, study.plan.study.rule)
+    shorter = trial.lines_removed > trial.lines_added
+    hopeless = lambda gain: decide([gain], bar, shorter).kind == "discard"  # noqa: E731
+    return early.limit_of(history, hopeless, study.plan.study.early_stop)
+
+
+def is_check(study: Study) -> bool:
+    """Does the next trial that is too far behind run on all the same?"""
+    return early.runs_on(sum(t.behind is not None for t in study.journal.trials))
+
+
+def climb(study: Study, trial: Trial, parent: Trial, on: Bench) -> None:
+    """The short run, where the study has a ladder; may end the trial (ladder.py)."""
+    share, seed = study.plan.study.ladder, study.plan.study.seeds[0]
+    if share is None or trial.proposal.runs_again:
+        return
+    theirs, made = study.journal.rung_of(parent, share, trial), None
+    if theirs is None:
+        theirs = made = run_parent(study, parent, seed, on, share)
+    short = replace(on, config=ladder.shortened(on.config, share))
+    run = short.run("short", seed, short.config.budget.wall_limit_s)
+    shutil.rmtree(study.folder / run.folder / CHECKPOINT_FOLDER, ignore_errors=True)
+    trial.rung = Rung(share=share, run=run, parent_run=made)
+    if {run.status, theirs.status} != {"ok"}:
+        return
+    behind = trial.rung.behind = round(run.score - theirs.score, 6)
+    known = limit_for(study, trial, ladder.history_of(study.journal, share))
+    if known and behind > known.behind:
+        trial.behind = behind
+        if not is_check(study):
+            trial.status, trial.reason = "stopped", ladder.why(behind, share, known)
 
 
 def seeds_for(study: Study, trial: Trial) -> list[int]:
@@ -133,13 +161,16 @@ def check_drift(study: Study, trial: Trial, parent: Trial, on: Bench) -> None:
         )
 
 
-def run_parent(study: Study, parent: Trial, seed: int, on: Bench) -> Run:
+def run_parent(
+    study: Study, parent: Trial, seed: int, on: Bench, share: float | None = None
+) -> Run:
     """The parent on a seed that it has not run yet, so that there is a pair: in its own code, with
-    its own data, as it ran before."""
+    its own data, as it ran before. `share`: of the budget, for a short run."""
     folder = on.folder / "parent"
     study.view.show(f"parent on seed {seed}")
     with workspace.worktree(study.repo, folder / "worktree", parent.commit) as tree:
         config = for_runs(study, on_this_machine(study, workspace.resolve(tree)))
+        config = ladder.shortened(config, share) if share else config
         place = replace(
             on,
             folder=folder,
@@ -149,7 +180,7 @@ def run_parent(study: Study, parent: Trial, seed: int, on: Bench) -> Run:
             own_cache=folder / "cache",
         )
         limit_s = config.budget.wall_limit_s
-        run = place.prepared_run(f"seed_{seed}", seed, limit_s)
+        run = place.prepared_run("short" if share else f"seed_{seed}", seed, limit_s)
     for leftover in (folder / "cache", study.folder / run.folder / CHECKPOINT_FOLDER):
         shutil.rmtree(leftover, ignore_errors=True)
     return run
@@ -183,7 +214,7 @@ def judge(study: Study, trial: Trial, parent: Trial | None) -> None:
         sigma = measure_noise([numbers]).sigma
         trial.decision = "keep"
         trial.reason = f"baseline: sigma {sigma:.4f} over {len(numbers)} seeds"
-    elif trial.status == "stopped":
+    elif trial.status == "stopped" and trial.runs:
         trial.reason = f"stopped early: {trial.runs[-1].message}"
     elif trial.status != "ok" and trial.runs:
         failed = trial.runs[-1]

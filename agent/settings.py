@@ -46,6 +46,7 @@ MAY_CHANGE = (
     "strategy",  # says what is tried next, and nothing of what was tried
     "plateau_after",
     "early_stop",
+    "ladder",
 )
 
 
@@ -149,6 +150,7 @@ class StudySettings(Group):
     )
     plateau_after: int | None = Field(default=15, ge=1)
     early_stop: float = Field(default=0.05, ge=0, lt=1)
+    ladder: float | None = None
     sources: dict[str, float]
     outside_wait_s: float = Field(default=300.0, ge=0)
     llm: LlmSettings
@@ -185,6 +187,20 @@ class StudySettings(Group):
             raise ValueError(
                 f"study.max_seeds ({self.max_seeds}) must be from the number of baseline_seeds "
                 f"({len(self.baseline_seeds)}) to 100. Try: study.max_seeds=12"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ladder_is_a_share_that_may_end_trials(self):
+        if self.ladder is not None and not 0 < self.ladder < 1:
+            raise ValueError(
+                f"study.ladder ({self.ladder:g}) must be a share of the budget between 0 and 1, or "
+                "null for no short runs. Try: study.ladder=0.25"
+            )
+        if self.ladder is not None and not self.early_stop:
+            raise ValueError(
+                f"study.ladder ({self.ladder:g}): with study.early_stop=0 no short run may ever "
+                "end a trial. Give study.early_stop=0.05, or study.ladder=null"
             )
         return self
 

@@ -250,6 +250,10 @@ class Mirror:
             _artifacts(child, self.folder, run, f"seed_{run.seed}")
         for run in trial.parent_runs:
             _artifacts(child, self.folder, run, f"parent_seed_{run.seed}")
+        if trial.rung:
+            _artifacts(child, self.folder, trial.rung.run, "short")
+        if trial.rung and trial.rung.parent_run:
+            _artifacts(child, self.folder, trial.rung.parent_run, "parent_short")
 
     def _values(self, trial: Trial, run: Path | None) -> dict[str, Any] | None:
         """A run's; of a tuning the trial's own, for its runs have the rates multiplied out."""
@@ -331,6 +335,8 @@ def trial_metrics(trial: Trial) -> dict[str, Any]:
         first = trial.runs[0]
         metrics |= {name: getattr(first, name) for name in RUN_NUMBERS}
     metrics |= {f"{run.target}_seed_{run.seed}": run.score for run in trial.runs}
+    if rung := trial.rung:
+        metrics |= {f"short_{rung.run.target}": rung.run.score, "short_behind": rung.behind}
     if usage := trial.proposal.usage:
         names = ("calls", "input_tokens", "output_tokens", "dollars", "seconds")
         metrics |= {f"model_{name}": getattr(usage, name) for name in names}

@@ -130,6 +130,8 @@ if behaviour == "uneven":  # a gain that needs many seeds to be seen
 weather = Path(values["runtime"]["shared_cache_dir"]) / "weather"  # the machine's, between runs
 noise += float(weather.read_text()) if weather.exists() else 0.0
 lr = values["optim"]["matrix_lr"]
+if behaviour.startswith("short") and not is_preflight and values["budget"]["amount"] < 8:
+    noise += float(behaviour.split()[1])  # in a short run alone
 if behaviour == "small only" and values["model"]["depth"] > 4:
     noise += 0.1
 val_bpb = 2.0 + 10 * abs(lr - 0.04) + noise - model["BONUS"]

@@ -261,6 +261,7 @@ def test_a_study_stops_a_hopeless_trial_once_it_has_history(tmp_path):
     assert (stopped.status, stopped.decision, stopped.score) == ("stopped", "discard", None)
     assert stopped.behind == pytest.approx(0.6) and not stopped.failed and stopped.wall_s < 50
     assert stopped.reason.startswith("stopped early: at 25% its dev_bpb was 0.6000 behind")
+    assert all(t.rung is None for t in (*near, checked, stopped)), "there is no ladder by default"
     folder = project / "outputs/studies/first"
     assert not (folder / "trials/003/seed_1/scratch").exists() and not marked_processes(folder)
     assert len(early.curve_of(folder, stopped.runs[0])) == 2

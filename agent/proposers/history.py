@@ -103,8 +103,7 @@ def _results(trials: Sequence[Trial], baseline: dict[str, Any]) -> list[Result]:
             gained = brought[base.number if base else trial.parent]
             is_code = len(trial.proposal.edits) > (len(base.proposal.edits) if base else 0)
         brought.append(gained + (step_of(trial, trials) if is_code else 0.0))
-        again = trial.proposal.repeats is not None or trial.proposal.proves is not None
-        if is_code or again:
+        if is_code or trial.proposal.runs_again:
             continue
         if trial.status == "ok":
             score = trial.runs[0].score - trials[0].runs[0].score + gained

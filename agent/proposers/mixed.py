@@ -144,7 +144,7 @@ def gains_of(trials: Sequence[Trial]) -> dict[int, float]:
 def cost_s(trial: Trial) -> float:
     """Seconds of its runs, the parent's included, and those that the study waited for the model."""
     asked = trial.proposal.usage.waited if trial.proposal.usage else 0.0
-    return asked + sum(run.wall_s or 0.0 for run in trial.runs + trial.parent_runs)
+    return asked + sum(run.wall_s or 0.0 for run in trial.made)
 
 
 def _mean(numbers: list[float]) -> float:
