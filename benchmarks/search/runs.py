@@ -1,8 +1,8 @@
 """Real short runs of a point: editable values and recipes, on a seed -> val_bpb and CPU seconds.
 
 The setting is small so that hundreds of runs fit into an hour of one core: two layers of width
-64, 40,000 tokens in batches of 512. Runs are remembered in benchmarks/out/search/runs.jsonl,
-so an interrupted collection goes on, and no search pays twice for a run that another one made.
+64, 40,000 tokens in batches of 512. Runs are remembered in runs.jsonl beside this file, so
+an interrupted collection goes on, and no search pays twice for a run that another one made.
 """
 
 import json
@@ -23,6 +23,7 @@ from nightshift.fixed.config import CONF, ROOT, Config, check, flatten, unflatte
 from nightshift.fixed.result import CONFIG_FILE
 
 OUT = Path(__file__).parents[1] / "out" / "search"
+MEMORY = Path(__file__).with_name("runs.jsonl")  # in git: an hour of one core
 SETTING = [
     "tracking=off", "runtime.num_threads=1", "runtime.progress_bar=false", "runtime.device=cpu",
     "runtime.num_dev_points=0", "evaluate.sample_prompts=[]", "evaluate.max_bytes=60000",
@@ -99,7 +100,7 @@ class Runner:
     def __init__(self, setting: Setting, folder: Path = OUT):
         self.setting, self.folder = setting, folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.memory = folder / "runs.jsonl"
+        self.memory = MEMORY
         self.known: dict[tuple[Point, int], Score] = {}
         for line in self.memory.read_text().splitlines() if self.memory.exists() else ():
             point, seed, score = json.loads(line)
