@@ -10,7 +10,7 @@
     seed=0
 
 Needs the runs of collect.py (25 minutes of one core). Prints tables, writes
-benchmarks/out/search/{surrogate,real}.json and, for the surrogate, draws docs/img/search.png.
+benchmarks/out/search/{surrogate,real,nothing}.json and, for the surrogate, draws docs/img/search.png.
 """
 
 import json
@@ -34,6 +34,7 @@ OURS = {
     "islands, proven": {"strategy": "islands"},
     "greedy, proven": {"strategy": "greedy"},
 }
+COLORS = ("#BBBBBB", "#56B4E9", "#F0E442", "#E69F00", "#CC79A7", "#009E73", "#000000")
 TARGET_AFTER = 100  # random trials
 FRESH = (9001, 9002, 9003)  # seeds on which real results are measured again
 
@@ -105,7 +106,7 @@ def main() -> None:
                 steps = follow(search(setting, evaluate, repeat), horizon)
                 steps = looked_at(steps, looks) if real else steps
                 told[name].append(told_of(steps, worth))
-                save(told, real)
+                save(told, "nothing" if nothing else "real" if real else "surrogate")
     if nothing:
         return report_kept(told, horizon / land.costs[""])
     report(told, land, horizon, real)
@@ -126,8 +127,8 @@ def measured(runner: Runner, point: Point) -> float:
     return statistics.mean(runner(point, seed).val_bpb for seed in FRESH)
 
 
-def save(told: dict[str, list[Told]], real: bool) -> None:
-    (OUT / ("real.json" if real else "surrogate.json")).write_text(json.dumps(told))
+def save(told: dict[str, list[Told]], kind: str) -> None:
+    (OUT / f"{kind}.json").write_text(json.dumps(told))
 
 
 def report(told: dict[str, list[Told]], land: Landscape, horizon: float, real: bool) -> None:
@@ -178,27 +179,21 @@ def draw(told: dict[str, list[Told]], unit: float, horizon: float) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    colors = (
-        "#0072B2",
-        "#56B4E9",
-        "#009E73",
-        "#D55E00",
-        "#E69F00",
-        "#CC79A7",
-        "#999999",
-        "#000000",
-    )
-    shown = [n for n in told if n == "nightshift" or n in RIVALS]
+    # Okabe and Ito's colours; ours is blue, dashed where it is not proven
+    blue = "#0072B2"
+    colors = dict(zip(RIVALS, COLORS, strict=True)) | dict.fromkeys(OURS, blue)
+    shown = [n for n in told if n.startswith("nightshift") or n in RIVALS]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     grid = [unit * n for n in range(1, int(horizon / unit) + 1)]
-    for color, name in zip(colors, shown, strict=False):
+    for name in shown:
         curves = [[one.at(s) for s in grid] for one in told[name]]
         middle = [statistics.median(column) for column in zip(*curves, strict=True)]
         axes.plot(
             [s / unit for s in grid],
             middle,
-            color=color,
-            lw=2.5 if name == "nightshift" else 1.2,
+            color=colors[name],
+            lw=2.5 if name in OURS else 1.2,
+            ls=":" if "not proven" in name else "-",
             label=name,
         )
     axes.set_xscale("log")
