@@ -130,6 +130,11 @@ def test_what_is_computed_does_change_it(other):
     assert shape_of([other]) != shape_of([CODE])
 
 
+def test_a_proof_computes_what_its_trial_did():
+    assert said(state(optim__matrix_lr=0.04), proves=1) is None
+    assert "same configuration and code as trial 1" in said(state(optim__matrix_lr=0.04), proves=2)
+
+
 def test_a_repeat_has_to_be_one():
     same = state(optim__matrix_lr=0.04)
     assert said(same, repeats=1) is None

@@ -448,6 +448,20 @@ def test_a_study_that_was_killed_goes_on_with_the_same_proposal(told, tmp_path):
     assert len(again) == 6 and again[5].proposal == journal_of(told).trials[5].proposal
 
 
+def test_what_is_ahead_after_one_run_is_proven_by_the_last_trial_and_kept(tmp_path):
+    project = make_project(tmp_path / "p")
+    script(project, [replace(bonus(0.0, 0.002), source="recipes")])
+    sources = "study.sources={sampler: 1, recipes: 0, combine: 0, simplify: 0}"
+    assert main([*overrides(2), sources], project) == 0
+    ahead, proof = journal_of(project).trials[1:]
+    assert (ahead.decision, len(ahead.runs)) == ("discard", 1)
+    assert ahead.reason.startswith("ahead, proof is for later: gain +0.0020 over 1 seed")
+    assert (proof.decision, len(proof.runs) >= 3, proof.proposal.proves) == ("keep", True, 1)
+    assert proof.runs[0].val_bpb == ahead.runs[0].val_bpb and proof.digest == ahead.digest
+    report = (project / "outputs/studies/first/report/summary.md").read_text()
+    assert "(proof of 001)" in report
+
+
 def test_old_proposals_have_no_stem_and_old_studies_go_on():
     old = {"title": "t", "hypothesis": "h", "source": "llm", "overrides": {}, "edits": []}
     assert proposal_from_json(old).heading == "t"

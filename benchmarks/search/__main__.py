@@ -9,8 +9,8 @@
     real=true    real runs instead of the surrogate (about repeats x runs x 4 s of CPU for a search)
     seed=0
 
-Needs the runs of collect.py (25 minutes of one core). Prints tables, writes
-benchmarks/out/search/{surrogate,real,nothing}.json and, for the surrogate, draws docs/img/search.png.
+Real runs are read from runs.jsonl (collect.py makes those for the surrogate). Prints tables, writes
+benchmarks/out/search/{surrogate,real,nothing}.json; for the surrogate draws docs/img/search.png.
 """
 
 import json
