@@ -246,6 +246,7 @@ def worse(by: float, behaviour: str = "ok"):
     return proposal
 
 
+@pytest.mark.slow
 def test_a_study_stops_a_hopeless_trial_once_it_has_history(tmp_path):
     """One trial with hope; one far behind is checked, the next is stopped. It is no failure, and
     nothing is left of it but its curve."""

@@ -46,12 +46,14 @@ def project(tmp_path_factory):
     return project
 
 
+@pytest.mark.slow
 def test_before_there_is_history_a_loser_runs_on_after_its_short_run(project):
     loser = journal_of(project).trials[1]
     assert loser.rung.behind == pytest.approx(0.5) and loser.behind is None
     assert (loser.status, loser.decision, loser.seeds) == ("ok", "discard", [1])
 
 
+@pytest.mark.slow
 def test_the_incumbents_short_run_is_made_once(project):
     mine = journal_of(project).trials[1:]
     assert [t.rung.parent_run is not None for t in mine] == [True, False, False, False]
@@ -60,6 +62,7 @@ def test_the_incumbents_short_run_is_made_once(project):
     assert not list(study_folder(project).glob("trials/*/**/short/checkpoint"))
 
 
+@pytest.mark.slow
 def test_a_short_run_keeps_nothing_however_good(project):
     trial = journal_of(project).trials[2]
     assert trial.rung.behind == pytest.approx(-0.9989)
@@ -67,6 +70,7 @@ def test_a_short_run_keeps_nothing_however_good(project):
     assert trial.differences == pytest.approx([-0.0011] * 2), "of the whole runs"
 
 
+@pytest.mark.slow
 def test_then_a_loser_ends_after_its_short_run_but_the_first_runs_on_as_a_check(project):
     *_, checked, ended = journal_of(project).trials
     assert (checked.status, checked.seeds) == ("ok", [1])
@@ -76,6 +80,7 @@ def test_then_a_loser_ends_after_its_short_run_but_the_first_runs_on_as_a_check(
     assert ended.behind == pytest.approx(0.7) and not ended.failed and ended.score is None
 
 
+@pytest.mark.slow
 def test_the_records_show_it(project):
     folder, ended = study_folder(project), journal_of(project).trials[-1]
     assert cost_s(ended) == ended.rung.run.wall_s > 0
@@ -89,6 +94,7 @@ def test_the_records_show_it(project):
     assert "1 trials were stopped" in summary and "1 ran on as a check: 0 of them" in summary
 
 
+@pytest.mark.slow
 def test_a_trial_that_ended_so_is_replayed_by_its_short_run(project, capsys):
     assert replay.main(["first/4"], project) == 0
     assert "1 run of 1 trial: 1 identical" in capsys.readouterr().out

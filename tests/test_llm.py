@@ -459,6 +459,7 @@ def arguments(server: ScriptedServer, *more: str) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_an_outage_a_pause_and_a_raised_cap_lose_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(provider, "FIRST_WAIT_S", 0.01)
     worse = propose(title="worse", edits=[an_edit("BONUS = 0.0", "BONUS = -0.3")])

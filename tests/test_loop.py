@@ -98,6 +98,7 @@ def test_study_keeps_gains_and_discards_the_rest(project, capsys):
     assert journal_of(project).trials[5].proposal.source in ("sampler", "recipes")
 
 
+@pytest.mark.slow
 def test_a_near_tie_runs_more_seeds_and_so_does_its_parent_but_only_once(project):
     """Seeds 4, 5, ... are new to the baseline: it runs them for trial 1, in its own code, and they
     serve trial 2 as well."""
@@ -129,6 +130,7 @@ def test_a_gain_that_is_equal_and_shorter_is_kept(project):
     assert "001 edit: 3 lines fewer" in (study_folder(project) / "report/summary.md").read_text()
 
 
+@pytest.mark.slow
 def test_drift_of_the_machine_is_said_and_the_incumbent_measured_again(project, capsys):
     """On the clock, the incumbent runs a seed again every so many trials."""
     clock = ["budget.kind=seconds", "budget.amount=5", "study.drift_every=2"]
@@ -274,6 +276,7 @@ def test_ctrl_c_stops_the_trial_and_the_same_command_goes_on(project):
     assert trials[1].status == "timeout"
 
 
+@pytest.mark.slow
 def test_what_a_kill_between_two_steps_leaves_is_mended(project):
     """A journal line cut short is a trial that never was; refs that lag behind follow."""
     script(project, [bonus(0.0, 0.5)])

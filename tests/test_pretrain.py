@@ -90,6 +90,7 @@ def test_the_warm_up_leaves_no_trace(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_bit_for_bit(tmp_path):
     """SIGTERM in the middle of a real process; resumed, it has an undisturbed run's weights."""
     steps = {"budget.amount": 150.0}

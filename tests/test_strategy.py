@@ -424,6 +424,7 @@ ARGUMENTS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_merged_proposals_run_in_the_real_worktree(told):
     kept, near_miss, on_it, wide, branch = journal_of(told).trials[1:]
     assert [t.status for t in (kept, near_miss, on_it, wide, branch)] == ["ok"] * 5
@@ -438,6 +439,7 @@ def test_merged_proposals_run_in_the_real_worktree(told):
     assert "(on 002)" in report and "(without 001)" in report
 
 
+@pytest.mark.slow
 def test_a_study_that_was_killed_goes_on_with_the_same_proposal(told, tmp_path):
     project = shutil.copytree(told, tmp_path / "p", symlinks=True)
     journal = project / "outputs/studies/first/journal.jsonl"
