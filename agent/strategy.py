@@ -49,7 +49,7 @@ BASE_SOURCES = ("combine", "simplify", "cmaes")  # on the incumbent alone: they 
 STRUCTURAL_SOURCES = ("recipes", "llm", "combine")  # propose code
 MAX_CHANGES = 12  # of a stem with the proposal on it
 TIRED = 20  # proposals on a node that were no better, then it is left
-FIRST_PROOF = 6  # runs of the first
+FIRST_PROOF = 6  # runs more, while nothing is known of tau
 GUESS, KNOWN = 0.3, 3  # tau in sigmas of a seed, until pairs have so many degrees of freedom
 PROOF = 0.33  # runs of a proof for each trial since the last
 ISLANDS = 3
@@ -213,10 +213,9 @@ def bar_of(trial: Trial, journal: Journal, strategy: str, rule: Rule, last: bool
 def prove_from(bar: Bar, journal: Journal, number: int, now: bool) -> float:
     """The first difference for which a proof is worth its runs: they may be a share of the trials
     since the last keep. `now`: as many as a trial may have."""
-    if sum(scatter.df for scatter in scatters_of(journal.trials)) >= KNOWN:
-        tau, runs = typical_tau(bar), PROOF * (number - 1 - journal.incumbent.number)
-    else:
-        tau, runs = GUESS * bar.sigma, FIRST_PROOF
+    tau, runs = typical_tau(bar), PROOF * (number - 1 - journal.incumbent.number)
+    if sum(scatter.df for scatter in scatters_of(journal.trials)) < KNOWN:
+        tau, runs = GUESS * bar.sigma, runs + FIRST_PROOF
     return least_to_prove(bar, bar.rule.max_seeds if now else runs, tau)
 
 
