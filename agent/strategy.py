@@ -36,7 +36,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from agent.decide import Bar, Rule, bar_for, least_to_prove, scatters_of, tested, typical_tau
+from agent.decide import (
+    Bar,
+    Rule,
+    bar_for,
+    decide,
+    least_to_prove,
+    scatters_of,
+    tested,
+    typical_tau,
+)
 from agent.journal import Journal, Proposal, Trial, base_of
 from agent.proposers import Context, Stem, edited, is_valid, shares_edit
 from agent.proposers.simplify import values_before, without
@@ -206,17 +215,18 @@ def bar_of(trial: Trial, journal: Journal, strategy: str, rule: Rule, last: bool
         return bar
     on = proposal.builds_on
     least = trials[on[-1]].differences[0] if on else 0.0
-    now = last or len(on) + 1 >= MAX_CHANGES
-    return bar._replace(least=least, prove_from=prove_from(bar, journal, trial.number, now))
+    if last or len(on) + 1 >= MAX_CHANGES:
+        return bar._replace(least=least)  # now or never
+    return bar._replace(least=least, prove_from=prove_from(bar, journal, trial.number))
 
 
-def prove_from(bar: Bar, journal: Journal, number: int, now: bool) -> float:
+def prove_from(bar: Bar, journal: Journal, number: int) -> float:
     """The first difference for which a proof is worth its runs: they may be a share of the trials
-    since the last keep. `now`: as many as a trial may have."""
+    since the last keep."""
     tau, runs = typical_tau(bar), PROOF * (number - 1 - journal.incumbent.number)
     if sum(scatter.df for scatter in scatters_of(journal.trials)) < KNOWN:
         tau, runs = GUESS * bar.sigma, runs + FIRST_PROOF
-    return least_to_prove(bar, bar.rule.max_seeds if now else runs, tau)
+    return least_to_prove(bar, runs, tau)
 
 
 def proof_of(context: Context) -> Proposal | None:
@@ -225,7 +235,9 @@ def proof_of(context: Context) -> Proposal | None:
     if not front or len(front.differences) > 1 or proofs_of(front, journal.trials):
         return None
     bar = bar_for(journal.trials, front.proposal.kind, context.rule)
-    if front.differences[0] < prove_from(bar, journal, context.number, context.last):
+    if not context.last:
+        bar = bar._replace(prove_from=prove_from(bar, journal, context.number))
+    if decide(front.differences, bar).kind != "more":
         return None
     return replace(
         front.proposal,
