@@ -142,7 +142,7 @@ def report(told: dict[str, list[Told]], land: Landscape, horizon: float, real: b
     if target is not None:
         print(f"target: {target:.4f}, the median best of {TARGET_AFTER} trials of '{name}'")
     checks = [n for n in (30, 100, 300) if n * unit <= horizon * 1.01 and not real]
-    checks = checks or [horizon / unit / 2, horizon / unit]
+    checks = checks or [horizon / unit]
     head = " | ".join(f"after {n:g} runs" for n in checks)
     print(f"\n| search | {head} | target reached | runs (trials) to the target |")
     print("|---" * (3 + len(checks)) + "|")
