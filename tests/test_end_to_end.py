@@ -7,7 +7,9 @@ import subprocess
 import sys
 
 import pytest
+from standin import script
 
+from agent.journal import Edit, Proposal
 from nightshift.fixed.config import ROOT
 
 pytestmark = pytest.mark.slow
@@ -156,9 +158,19 @@ CHAT = [
 
 
 def test_a_study_of_chat_trains_its_base_once_and_dvc_has_both(clone):
+    edit = Edit(
+        path="conf/sft/full.yaml", search="batch_tokens: 1024", replace="batch_tokens: 2048"
+    )
+    twice = Proposal(
+        title="batches of twice the size",
+        hypothesis="With steps as the budget they are twice the tokens.",
+        source="outside",
+        edits=[edit],
+    )
+    script(clone, [twice], "c")
     said = run(clone, "nightshift.cli", "study", "study.name=c", "study.trials=1", *CHAT)
     trials = [json.loads(line) for line in open(clone / "outputs/studies/c/journal.jsonl")]
-    kept = trials[1]  # batches of twice the size, which pays where steps are the budget
+    kept = trials[1]
     assert kept["decision"] == "keep" and said.count("the base is trained") == 1
     assert all(t["val_bpb"] is None for t in trials)
     other = clone.with_name("chat")
