@@ -59,7 +59,7 @@ Z_INTERVAL = 2.15  # covers 95 % of kept gains in simulation; 1.96 covers 93.4 %
 SOUGHT = 3.0  # a gain of so many tau is what the evidence is sharpest for
 OPTIMISM = 1.25  # standard errors that a gain may be better than it looks
 LOSER = 3.0  # sigmas of a seed that a change may lose and still get another seed
-FAR = 64.0  # a gain of so many tau is proven by min_seeds at any level
+FAR = 64.0  # tau: a gain beyond that is not waited for
 DRIFT_TAUS = 4.0  # a repeated run may move by so many before old numbers are given up
 
 
@@ -316,7 +316,8 @@ def can_reach(seen: Evidence, bar: Bar) -> bool:
 
 
 def least_to_prove(bar: Bar, num_seeds: float, tau: float) -> float:
-    """The gain that so many seeds would prove if its differences scattered by tau."""
+    """The gain that so many seeds would prove if its differences scattered by tau; FAR tau at most,
+    and inf for fewer seeds than a keep needs."""
     n = int(min(num_seeds, bar.rule.max_seeds))
     if n < bar.rule.min_seeds:
         return math.inf

@@ -145,9 +145,7 @@ class StudySettings(Group):
     false_keeps: float = Field(gt=0, le=100)
     equal_within: float = Field(ge=0, le=2)
     drift_every: int = Field(ge=0)
-    strategy: Literal["greedy", "tree", "islands"] = (
-        "greedy"  # of studies before there was a choice
-    )
+    strategy: Literal["greedy", "tree", "islands"] = "greedy"  # of studies older than the choice
     plateau_after: int | None = Field(default=15, ge=1)
     early_stop: float = Field(default=0.05, ge=0, lt=1)
     ladder: float | None = None
