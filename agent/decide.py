@@ -49,6 +49,8 @@ import numpy as np
 from agent.journal import Run, Trial
 
 RATIOS = np.geomspace(0.01, 100.0, 40)  # tau over sigma of a seed, see above
+TYPICAL, SPREAD = 0.3, 0.9  # of tau / sigma: geometric mean, standard deviation of the logarithm
+ANY = 0.02  # share of the prior that is flat over RATIOS
 GAIN_RATIOS = np.geomspace(0.05, 1000.0, 10)  # scale of a gain over sigma of a seed
 RESOLUTION = 1e-6  # scores have six digits
 PSEUDO_TRIALS = 2.0  # weight of the prior against the trials seen, at each level
@@ -160,9 +162,14 @@ def learn_taus(sigma: float, scatters: Iterable[Scatter], kind: str) -> tuple:
     """The grid of tau and its weights for a change of this kind: (G,), (G,)."""
     taus = sigma * RATIOS
     seen = [scatter for scatter in scatters if scatter.df]
-    flat = np.full(len(taus), 1 / len(taus))
-    overall = _learn(flat, _likelihoods(taus, seen))
+    overall = _learn(prior_of_taus(), _likelihoods(taus, seen))
     return taus, _learn(overall, _likelihoods(taus, [s for s in seen if s.kind == kind]))
+
+
+def prior_of_taus() -> np.ndarray:
+    """Weights of RATIOS before a study has seen a pair: (G,)."""
+    usual = np.exp(-0.5 * (np.log(RATIOS / TYPICAL) / SPREAD) ** 2)
+    return (1 - ANY) * usual / usual.sum() + ANY / len(RATIOS)
 
 
 def _likelihoods(taus: np.ndarray, scatters: Sequence[Scatter]) -> np.ndarray:
@@ -328,6 +335,13 @@ def least_to_prove(bar: Bar, num_seeds: float, tau: float) -> float:
         enough = weigh((middle + scatter).tolist(), bar).log_e >= -math.log(bar.level)
         low, high = (low, middle) if enough else (middle, high)
     return high
+
+
+def seeds_to_prove(gain: float, bar: Bar, tau: float) -> int:
+    """So many seeds would prove a gain whose differences scatter by tau; the cap if none would."""
+    cap = bar.rule.max_seeds
+    fits = (n for n in range(bar.rule.min_seeds, cap) if least_to_prove(bar, n, tau) <= gain)
+    return next(fits, cap)
 
 
 def typical_tau(bar: Bar) -> float:

@@ -185,6 +185,16 @@ class Trial(Scored):
         return [*filter(None, short), *self.runs, *self.parent_runs]
 
     @property
+    def waited_s(self) -> float:
+        """For the language model, with nothing running."""
+        return self.proposal.usage.waited if self.proposal.usage else 0.0
+
+    @property
+    def cost_s(self) -> float:
+        """Seconds of its runs, the parent's included, and those that were waited for the model."""
+        return self.waited_s + sum(run.wall_s or 0.0 for run in self.made)
+
+    @property
     def failed(self) -> bool:
         """It did not come to a judgement; one that was stopped early did."""
         return self.status not in ("ok", "stopped", "running")

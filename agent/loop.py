@@ -102,7 +102,7 @@ def run_study(study: Study) -> None:
 
 
 def run_trials(study: Study) -> None:
-    while len(study.journal) <= study.plan.study.trials:
+    while not study.plan.study.end.is_reached(study.journal.trials):
         study.stop.check()
         trial = run_trial(study, len(study.journal), study.journal.incumbent)
         if trial is None:
@@ -170,7 +170,7 @@ def think_ahead(study: Study, trial: Trial) -> None:
     """If it is the model's turn after this trial, let it propose while this one runs. The baseline
     and the last trial run alone, and so does one whose successor is written down."""
     number = trial.number + 1
-    last = number > study.plan.study.trials
+    last = number > study.plan.study.end.trials
     if not thinks_ahead(study) or trial.parent is None or last:
         return
     if (study.folder / f"trials/{number:03d}/proposal.json").exists():
@@ -200,7 +200,7 @@ def context_of(
         sources=study.plan.study.sources,
         strategy=study.plan.study.strategy,
         rule=study.plan.study.rule,
-        last=number >= study.plan.study.trials,
+        end=study.plan.study.end,
         plateau_after=study.plan.study.plateau_after,
         read=read,
         target=study.plan.study.judged_by,

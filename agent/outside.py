@@ -14,6 +14,7 @@ Not covered: an agent with a shell on this machine can do whatever you can (docs
 """
 
 import fcntl
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from pydantic import Field, ValidationError
 
 from agent import tools
 from agent.answer import Answer, Arguments, StudyFiles, check_answer, mistakes, read_answer
+from agent.end import End
 from agent.inbox import NAME, Full, Inbox
 from agent.journal import Journal, Proposal, Trial
 from agent.settings import StudyError
@@ -129,9 +131,19 @@ def status(study: StudyFiles, args: Status) -> dict[str, Any]:
     }
 
 
-def left(study: StudyFiles) -> int:
-    """Trials that the study may still run, the one that runs now included."""
-    return max(0, study.settings["study"]["trials"] - max(0, len(study.journal) - 1))
+def end_of(study: StudyFiles) -> End:
+    settings = study.settings["study"]
+    return End.of(settings["trials"], settings.get("hours"))
+
+
+def is_over(study: StudyFiles) -> bool:
+    return end_of(study).is_reached(study.journal.trials)
+
+
+def left(study: StudyFiles) -> int | None:
+    """Trials that the study may still run, the one that runs now included; None: not counted."""
+    trials = end_of(study).trials - max(0, len(study.journal) - 1)
+    return 0 if is_over(study) else None if trials == math.inf else max(0, trials)
 
 
 def doing(study: StudyFiles) -> str:
@@ -148,11 +160,11 @@ def doing(study: StudyFiles) -> str:
 
 
 def not_running(study: StudyFiles) -> str:
-    name, trials = study.folder.name, study.settings["study"]["trials"]
-    if not left(study):
+    name = study.folder.name
+    if is_over(study):
         return (
-            f"study {name} has run its {trials} trials. The person who runs it can give it more: "
-            f"nightshift study study.name={name} study.trials={2 * trials} and its other settings"
+            f"study {name} has run its {end_of(study)}. The person who runs it can give it more: "
+            f"nightshift study study.name={name} {end_of(study).later} and its other settings"
         )
     return (
         f"no process runs study {name}; what was proposed is kept. To go on, the person who runs "
@@ -187,7 +199,7 @@ def propose(
             f"study {study.folder.name} takes no proposals from outside: its study.sources.outside "
             "is 0. The person who runs it starts one that does: sources=outside"
         )
-    if not left(study) or (args.wait and not is_running(study.folder)):
+    if is_over(study) or (args.wait and not is_running(study.folder)):
         raise Refused(not_running(study))
     answer = Answer.model_validate(args.model_dump(exclude={"wait"}))
     check_answer(study, answer, SOURCE)
@@ -222,7 +234,7 @@ def wait_for(
     while True:
         found, now = outcome_of(study, name), time.monotonic()
         alive_at = now if is_running(study.folder) else alive_at
-        alone = not left(study) or now - alive_at > NO_PROCESS_S
+        alone = is_over(study) or now - alive_at > NO_PROCESS_S
         if found["state"] in ("done", "refused") or now >= deadline or alone:
             return found
         if found["now"] != told or now - told_at > TELL_S:

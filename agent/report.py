@@ -433,7 +433,7 @@ def _sources(trials: list[Trial]) -> str:
         mine = [t for t in trials if t.proposal.source == source]
         kept = sum(t.decision == "keep" for t in mine)
         gain = sum(gains.get(t.number, 0.0) for t in mine)
-        cost = sum(map(mixed.cost_s, mine))
+        cost = sum(t.cost_s for t in mine)
         lines.append(f"| {source} | {len(mine)} | {kept} | {gain:+.4f} | {cost:.0f} |")
     return "\n".join(lines)
 

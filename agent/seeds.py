@@ -134,8 +134,7 @@ def verdict(study: Study, trial: Trial, parent_runs: dict[int, Run]) -> Decision
 
 def bar_of(study: Study, trial: Trial) -> Bar:
     settings = study.plan.study
-    last = trial.number >= settings.trials
-    return strategy.bar_of(trial, study.journal, settings.strategy, settings.rule, last)
+    return strategy.bar_of(trial, study.journal, settings.strategy, settings.rule, settings.end)
 
 
 def check_drift(study: Study, trial: Trial, parent: Trial, on: Bench) -> None:

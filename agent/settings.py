@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, field_validator, model_validator
 
 from agent.decide import Rule
+from agent.end import End
 from agent.proposers import mixed, recipes
 from agent.target import TARGETS, Target
 from nightshift.fixed.config import (
@@ -39,6 +40,7 @@ HARNESS_KEYS = (
 # When a study is started again:
 MAY_CHANGE = (
     "trials",
+    "hours",
     "warm",
     "keep_checkpoints",
     "llm",
@@ -138,7 +140,8 @@ class StudySettings(Group):
 
     name: str
     target: Literal["val_bpb", "chat_bpb"]
-    trials: int = Field(ge=0)
+    trials: int | None = Field(ge=0)
+    hours: float | None = Field(default=None, gt=0)
     seed: int = Field(ge=0)
     baseline_seeds: list[int]
     max_seeds: int
@@ -168,6 +171,19 @@ class StudySettings(Group):
                 "most 64, for it names a folder and a branch. Try: study.name=first"
             )
         return name
+
+    @model_validator(mode="after")
+    def _it_ends(self):
+        if self.trials is None and self.hours is None:
+            raise ValueError(
+                "study.trials=null and study.hours=null: such a study would never end. "
+                "Try: study.trials=null study.hours=8"
+            )
+        return self
+
+    @property
+    def end(self) -> End:
+        return End.of(self.trials, self.hours)
 
     @field_validator("baseline_seeds")
     @classmethod

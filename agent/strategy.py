@@ -31,6 +31,7 @@ All of it follows from the journal, the seed and the incumbent's text: nothing i
 can be told again. A change that is in the incumbent by now, or whose text fits no more, is no stem.
 """
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,10 +43,11 @@ from agent.decide import (
     bar_for,
     decide,
     least_to_prove,
-    scatters_of,
+    seeds_to_prove,
     tested,
     typical_tau,
 )
+from agent.end import End, seconds_of, usual_s
 from agent.journal import Journal, Proposal, Trial, base_of
 from agent.proposers import Context, Stem, edited, is_valid, shares_edit
 from agent.proposers.simplify import values_before, without
@@ -56,11 +58,11 @@ from nightshift.fixed.config import flatten
 STEM_SOURCES = ("sampler", "recipes")
 BASE_SOURCES = ("combine", "simplify", "cmaes")  # on the incumbent alone: they wait for a stem
 STRUCTURAL_SOURCES = ("recipes", "llm", "combine")  # propose code
-MAX_CHANGES = 12  # of a stem with the proposal on it
+MAX_CHANGES = 20  # of a stem with the proposal on it
 TIRED = 20  # proposals on a node that were no better, then it is left
-FIRST_PROOF = 6  # runs more, while nothing is known of tau
-GUESS, KNOWN = 0.3, 3  # tau in sigmas of a seed, until pairs have so many degrees of freedom
-PROOF = 0.33  # runs of a proof for each trial since the last
+PROOF = 0.25  # runs of a proof for each trial since the last keep
+REST = 2  # times the trials up to the last keep, without a proof after it
+SPARE = 1  # seeds that a proof may take beyond what is expected, when time runs out
 ISLANDS = 3
 MIGRATION = 12
 PLATEAU_MOVES = ("structural", "branch")
@@ -203,7 +205,7 @@ def children_of(trials: Sequence[Trial], node: Trial) -> list[Trial]:
 # ---- proof ----
 
 
-def bar_of(trial: Trial, journal: Journal, strategy: str, rule: Rule, last: bool = False) -> Bar:
+def bar_of(trial: Trial, journal: Journal, strategy: str, rule: Rule, end: End) -> Bar:
     """The bar for the next trial. A tree builds on what is ahead after one run and better than what
     it was put on, and has the whole proven when it is time."""
     proposal, trials = trial.proposal, journal.trials
@@ -215,18 +217,47 @@ def bar_of(trial: Trial, journal: Journal, strategy: str, rule: Rule, last: bool
         return bar
     on = proposal.builds_on
     least = trials[on[-1]].differences[0] if on else 0.0
-    if last or len(on) + 1 >= MAX_CHANGES:
-        return bar._replace(least=least)  # now or never
-    return bar._replace(least=least, prove_from=prove_from(bar, journal, trial.number))
+    bar = bar._replace(least=least)
+    if len(on) + 1 >= MAX_CHANGES:
+        return bar  # now or never
+    return bar._replace(prove_from=prove_from(trial, journal, end, bar))
 
 
-def prove_from(bar: Bar, journal: Journal, number: int) -> float:
-    """The first difference for which a proof is worth its runs: they may be a share of the trials
-    since the last keep."""
-    tau, runs = typical_tau(bar), PROOF * (number - 1 - journal.incumbent.number)
-    if sum(scatter.df for scatter in scatters_of(journal.trials)) < KNOWN:
-        tau, runs = GUESS * bar.sigma, runs + FIRST_PROOF
-    return least_to_prove(bar, runs, tau)
+def prove_from(node: Trial, journal: Journal, end: End, bar: Bar) -> float:
+    """The first difference of a node for which a proof is worth its runs: none (inf), any (-inf),
+    or what runs of a share of the trials since the last keep would prove."""
+    number, kept = len(journal), journal.incumbent.number
+    waited = number - 1 - kept
+    near_end = end.trials - number < waited  # nearer than the last keep
+    if end.seconds < math.inf and node.differences:
+        waited_s = sum(map(seconds_of, journal.trials[kept + 1 :]))
+        left_s, proof_s = left_when_run(node, journal, end), time_of_proof(node, journal, bar)
+        if left_s < proof_s:
+            return math.inf  # too late
+        if left_s < proof_s + usual_s(journal.trials):
+            return -math.inf  # the next trial would be too late
+        near_end = near_end or left_s < waited_s
+    if number >= end.trials:
+        return -math.inf
+    if near_end or waited < REST * kept:
+        return math.inf
+    return least_to_prove(bar, PROOF * waited, typical_tau(bar))
+
+
+def left_when_run(node: Trial, journal: Journal, end: End) -> float:
+    """Seconds of the study after the node's runs so far, if it is the trial that runs."""
+    return end.left_s(journal.trials) - (seconds_of(node) if node.number == len(journal) else 0.0)
+
+
+def time_of_proof(node: Trial, journal: Journal, bar: Bar) -> float:
+    """Seconds, at most: that of an earlier trial begins with its first run again, and the parent
+    runs the seeds that it lacks."""
+    seeds = SPARE + seeds_to_prove(node.differences[0], bar, typical_tau(bar))
+    runs_now = node.number == len(journal)
+    parent = journal.runs_of(journal.trials[node.parent], node if runs_now else None)
+    run_s = max(run.wall_s or 0.0 for run in node.runs)
+    parent_s = max(run.wall_s or 0.0 for run in parent.values())
+    return (seeds - runs_now) * run_s + max(0, seeds - len(parent)) * parent_s
 
 
 def proof_of(context: Context) -> Proposal | None:
@@ -235,8 +266,7 @@ def proof_of(context: Context) -> Proposal | None:
     if not front or len(front.differences) > 1 or proofs_of(front, journal.trials):
         return None
     bar = bar_for(journal.trials, front.proposal.kind, context.rule)
-    if not context.last:
-        bar = bar._replace(prove_from=prove_from(bar, journal, context.number))
+    bar = bar._replace(prove_from=prove_from(front, journal, context.end, bar))
     if decide(front.differences, bar).kind != "more":
         return None
     return replace(

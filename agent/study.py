@@ -184,7 +184,7 @@ def open_study(repo: Path, plan: Plan, stop: Stop, make_view: Callable = View, e
             mirror = Mirror(store, name, folder)
             mirror.open_study(flat_settings(settings), settings["base_commit"])
             settings["sandbox"] = sandbox
-            view = make_view(journal, plan.study.trials, plan.study.judged_by)
+            view = make_view(journal, plan.study.end, plan.study.judged_by)
             if sandbox["open"]:
                 view.note(
                     f"this machine's sandbox does not hold for: {', '.join(sandbox['open'])} "

@@ -5,6 +5,7 @@ trial  status      val_bpb     gain  decision  title
     1  ok           2.0921  +0.0113  keep      matrix_lr 0.02 -> 0.031
 """
 
+import math
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from agent.costs import in_words, of_trials
+from agent.end import End
 from agent.journal import Journal, Trial, counted
 from agent.target import VAL, Target
 from nightshift.fixed.config import flatten
@@ -28,8 +30,8 @@ MAX_ROWS = 30  # of the live table: the last ones
 class View:
     """Shows a study while it runs."""
 
-    def __init__(self, journal: Journal, num_trials: int, target: Target = VAL):
-        self.journal, self.num_trials = journal, num_trials
+    def __init__(self, journal: Journal, end: End, target: Target = VAL):
+        self.journal, self.study_end = journal, end
         self.columns = ("trial", "status", target.name, "gain", "decision", "title")
         self.started, self.doing = time.monotonic(), "starting"
         self.number, self.title, self.trial_started = len(journal), "", time.monotonic()
@@ -83,13 +85,14 @@ class View:
         return elapsed + left + (f"; model: {in_words(usage)}" if usage else "")
 
     def seconds_left(self) -> float | None:
-        """From the mean time of the trials so far; None before there is one."""
+        """By the study's hours, and by the mean time of the trials so far once there is one."""
         walls = [t.wall_s for t in self.journal.trials[1:] if t.wall_s is not None]
-        if not walls:
-            return None
-        mean = sum(walls) / len(walls)
-        left = (self.num_trials + 1 - len(self.journal)) * mean
-        return max(0.0, left - min(mean, time.monotonic() - self.trial_started))
+        mean, running = sum(walls) / max(1, len(walls)), time.monotonic() - self.trial_started
+        left = self.study_end.left_s(self.journal.trials) - running
+        if walls:
+            trials = self.study_end.trials + 1 - len(self.journal)
+            left = min(left, trials * mean - min(mean, running))
+        return None if left == math.inf else max(0.0, left)
 
 
 def trial_line(trial: Trial) -> str:

@@ -23,6 +23,7 @@ from test_loop import assert_nothing_is_left
 from agent import loop, provider, workspace
 from agent.answer import StudyFiles
 from agent.costs import Ledger, Paused
+from agent.end import End
 from agent.form import Form
 from agent.journal import Journal, Proposal, Trial
 from agent.proposers.llm import Researcher
@@ -62,7 +63,7 @@ def applied(tmp_path_factory) -> tuple[Study, Trial]:
         settings=files.settings,
         starter=None,  # nothing is run
         stop=Stop(),
-        view=View(files.journal, 9),
+        view=View(files.journal, End(9)),
         mirror=None,
     )
     trial, folder = a_trial(1, BETTER), files.folder / "trials/001"

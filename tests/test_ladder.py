@@ -14,7 +14,6 @@ from test_loop import assert_nothing_is_left, started, study_folder, wait_for
 from agent import early, ladder, replay, tracking
 from agent.journal import Journal, Proposal, Run, Rung, Trial, trial_from_json
 from agent.loop import main
-from agent.proposers.mixed import cost_s
 from agent.settings import read_plan
 from nightshift.fixed.config import CONF, ConfigError
 
@@ -83,7 +82,7 @@ def test_then_a_loser_ends_after_its_short_run_but_the_first_runs_on_as_a_check(
 @pytest.mark.slow
 def test_the_records_show_it(project):
     folder, ended = study_folder(project), journal_of(project).trials[-1]
-    assert cost_s(ended) == ended.rung.run.wall_s > 0
+    assert ended.cost_s == ended.rung.run.wall_s > 0
     metrics = tracking.trial_metrics(ended)
     assert metrics["short_behind"] == pytest.approx(0.7) and metrics["val_bpb"] is None
     assert metrics["short_val_bpb"] == pytest.approx(2.9)

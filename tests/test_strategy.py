@@ -12,6 +12,7 @@ from test_proposers import VALUES, context
 
 from agent import strategy
 from agent.decide import Rule, decide, level_of
+from agent.end import End
 from agent.journal import Journal, Proposal, Run, Trial, proposal_from_json
 from agent.loop import main
 from agent.proposers import Context, mixed, recipes, sampler
@@ -119,6 +120,7 @@ def test_trials_on_an_earlier_incumbent_are_no_nodes(tmp_path):
 
 
 RULE = Rule(false_keeps=0.05, equal_within=0.1, min_seeds=3, max_seeds=12)
+RUN_S = 10.0
 
 
 def lab(*trials: Trial) -> Journal:
@@ -128,7 +130,8 @@ def lab(*trials: Trial) -> Journal:
         0, Proposal(title="b", hypothesis="h", source="baseline"), None, "keep", None
     )
     baseline.runs = [
-        Run(seed=n, status="ok", val_bpb=x) for n, x in ((1, 2.3), (2, 2.31), (3, 2.29))
+        Run(seed=n, status="ok", val_bpb=x, wall_s=RUN_S)
+        for n, x in ((1, 2.3), (2, 2.31), (3, 2.29))
     ]
     journal.trials = [baseline, *trials]
     return journal
@@ -144,32 +147,67 @@ def known(number: int) -> Trial:
 def bar_at(journal: Journal, proposal: Proposal, **changes):
     proposal.source = changes.pop("source", "recipes")
     trial = a_trial(len(journal), proposal, None)
-    return strategy.bar_of(trial, journal, changes.pop("name", "tree"), RULE, **changes)
+    trial.differences = list(changes.pop("differences", []))
+    trial.runs = [Run(seed=1, status="ok", wall_s=RUN_S)] * len(trial.differences)
+    return strategy.bar_of(trial, journal, changes.pop("name", "tree"), RULE, End(**changes))
 
 
-def test_a_tree_seeks_no_proof_of_a_small_gain_soon_after_a_keep():
-    early = bar_at(lab(), change("A = 1", "A = 2"))
-    assert (
-        decide([0.002], early).kind == "discard"
-        and "proof is for later" in decide([0.002], early).reason
-    )
-    assert decide([0.03], early).kind == "more", "three sigmas of a seed are worth the runs at once"
+def test_a_tree_seeks_no_proof_soon_after_a_keep_and_greedy_does_at_once():
+    early = decide([0.03], bar_at(lab(), change("A = 1", "A = 2")))
+    assert early.kind == "discard" and "ahead, proof is for later" in early.reason
     assert decide([0.002], bar_at(lab(), change("A = 1", "A = 2"), name="greedy")).kind == "more"
 
 
+def ends(first: int, last: int) -> list[Trial]:
+    return [a_trial(n, change("D = 1", f"D = {n}"), -0.01) for n in range(first, last + 1)]
+
+
 def test_the_longer_a_tree_waited_the_smaller_a_gain_it_has_proven():
-    least = []
-    for waited in (3, 10, 20, 40):
-        ends = [a_trial(n, change("D = 1", f"D = {n}"), -0.01) for n in range(2, 1 + waited)]
-        least.append(bar_at(lab(known(1), *ends), change("A = 1", "A = 2")).prove_from)
+    least = [
+        bar_at(lab(known(1), *ends(2, waited)), change("A = 1", "A = 2")).prove_from
+        for waited in (5, 12, 20, 40)
+    ]
     assert least[0] == math.inf and least[1] > least[2] > least[3] > 0.0005
-    ends = [a_trial(n, change("D = 1", f"D = {n}"), -0.01) for n in range(2, 5)]
-    assert bar_at(lab(known(1), *ends), change("A = 1", "A = 2"), last=True).prove_from == -math.inf
+
+
+def test_after_a_keep_a_tree_rests_twice_as_long_as_that_took():
+    kept = a_trial(12, change("C = 1", "C = 2"), 0.02, "keep")
+    least = {
+        number: bar_at(lab(*ends(1, 11), kept, *ends(13, number)), change("A = 1", "A = 2"))
+        for number in (35, 36)
+    }
+    assert least[35].prove_from == math.inf > least[36].prove_from
+
+
+def test_near_its_end_a_study_waits_for_the_last_trial_and_proves_there_what_is_ahead():
+    def prove_from(number: int) -> float:
+        journal = lab(known(1), *ends(2, number - 1))
+        return bar_at(journal, change("A = 1", "A = 2"), trials=40).prove_from
+
+    assert prove_from(19) < 0.1 and prove_from(25) == math.inf and prove_from(40) == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("left_s", "proven"),
+    [
+        pytest.param(1000, False, id="later is as good"),
+        pytest.param(60, True, id="after the next trial it would be too late"),
+        pytest.param(25, False, id="it is too late"),
+    ],
+)
+def test_when_its_hours_run_out_a_tree_proves_what_is_ahead_while_there_is_time(left_s, proven):
+    """Three seeds and one to spare: 30 s more than the first run."""
+    journal = lab(known(1), a_trial(2, change("B = 1", "B = 2"), -0.01))
+    for trial in journal.trials[1:]:
+        trial.wall_s = 25.0
+    seconds = 3 * RUN_S + 2 * 25.0 + RUN_S + left_s
+    bar = bar_at(journal, change("A = 1", "A = 2"), differences=[0.05], seconds=seconds)
+    assert (decide([0.05], bar).kind == "more") == proven
 
 
 def test_a_child_no_better_than_what_it_builds_on_ends_after_one_run():
     node = a_trial(1, change("A = 1", "A = 2"), 0.03)
-    bar = bar_at(lab(node), on(1, change("B = 1", "B = 2"), node.proposal))
+    bar = bar_at(lab(node), on(1, change("B = 1", "B = 2"), node.proposal), trials=2)
     assert decide([0.029], bar).kind == "discard"
     assert "no better than what it builds on (+0.0300)" in decide([0.029], bar).reason
     assert decide([0.031], bar).kind == "more"
@@ -182,21 +220,21 @@ def test_what_nothing_is_built_on_is_proven_at_once(source):
 
 def test_a_front_on_which_nothing_is_better_is_run_again_for_its_proof_once(tmp_path):
     front = a_trial(1, change("A = 1", "A = 2"), 0.03)
-    now = at(tmp_path, [front])
+    now = at(tmp_path, [front], end=End(2))
+    assert strategy.proof_of(replace(now, end=End(3))) is None, "there is time"
     assert strategy.proof_of(replace(now, strategy="greedy")) is None
     proof = strategy.proof_of(now)
     assert proof.proves == 1 and proof.edits == front.proposal.edits
     assert proof.heading == f"{proof.title} (proof of 001)"
     assert mixed.propose(now) == proof
     failed = a_trial(2, proof, 0.001)
-    assert strategy.proof_of(at(tmp_path, [front, failed])) is None
+    assert strategy.proof_of(at(tmp_path, [front, failed], end=End(3))) is None
 
 
 def test_a_proof_goes_on_with_the_share_of_the_error_budget_that_its_trial_had():
     front = a_trial(1, change("A = 1", "A = 2"), 0.03)
-    ends = [a_trial(n, change("D = 1", f"D = {n}"), -0.01) for n in range(2, 30)]
     again = replace(front.proposal, proves=1)
-    assert bar_at(lab(front, *ends), again).level == level_of(1, RULE.false_keeps)
+    assert bar_at(lab(front, *ends(2, 29)), again).level == level_of(1, RULE.false_keeps)
 
 
 def test_progress_of_the_front_puts_a_plateau_off(tmp_path):

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Optional
 
 from agent.decide import Rule
+from agent.end import End
 from agent.journal import Edit, Journal, Proposal, Trial
 from agent.target import VAL, Target
 from nightshift.fixed.config import ConfigError, check, flatten, unflatten
@@ -44,7 +45,7 @@ class Context:
     ]  # path in the repository -> the incumbent's text, None: no file
     strategy: str = "greedy"  # where proposals are put (strategy.py)
     rule: Rule = Rule(0.05, 0.1, 3, 12)  # by which trials are judged (decide.py)
-    last: bool = False  # the study has no further trial
+    end: End = End()  # of the study
     plateau_after: int | None = None  # trials without a keep that make a plateau; None: no number
     target: Target = VAL  # what the study is judged by
     # Trials of earlier studies (study.after): what was thought of, not numbers to compare with.

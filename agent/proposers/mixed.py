@@ -119,11 +119,11 @@ def account(trials: Sequence[Trial]) -> dict[str, tuple[float, float]]:
     judged = [trial for trial in trials if trial.parent is not None]
     gains = gains_of(trials)
     unit = _mean([gain for gain in gains.values() if gain]) or 1.0
-    typical_s = _mean([cost_s(t) for t in judged if cost_s(t)]) or 1.0
+    typical_s = _mean([t.cost_s for t in judged if t.cost_s]) or 1.0
     accounts: dict[str, tuple[float, float]] = {}
     for age, trial in enumerate(reversed(judged)):
         earned, spent = accounts.get(trial.proposal.source, (0.0, 0.0))
-        cost = max(cost_s(trial) / typical_s, LEAST_COST)
+        cost = max(trial.cost_s / typical_s, LEAST_COST)
         weight = FADE**age
         accounts[trial.proposal.source] = (
             earned + weight * gains.get(trial.number, 0.0) / unit,
@@ -139,12 +139,6 @@ def gains_of(trials: Sequence[Trial]) -> dict[int, float]:
     used |= {t.number for t in trials if t.decision == "keep" and t.parent is not None}
     brought = [t for t in trials if t.number in used and t.proposal.proves is None]
     return {t.number: max(step_of(t, trials), 0.0) for t in brought}
-
-
-def cost_s(trial: Trial) -> float:
-    """Seconds of its runs, the parent's included, and those that the study waited for the model."""
-    asked = trial.proposal.usage.waited if trial.proposal.usage else 0.0
-    return asked + sum(run.wall_s or 0.0 for run in trial.made)
 
 
 def _mean(numbers: list[float]) -> float:

@@ -36,6 +36,7 @@ OURS = {
 }
 COLORS = ("#BBBBBB", "#56B4E9", "#F0E442", "#E69F00", "#CC79A7", "#009E73", "#000000")
 TARGET_AFTER = 100  # random trials
+LOOKS = (36, 100)  # runs after which the tables say where a search is, and at its end
 FRESH = (9001, 9002, 9003)  # seeds on which real results are measured again
 
 
@@ -84,13 +85,18 @@ def main() -> None:
     repeats, runs = int(given.get("repeats", 5 if real else 20)), float(given.get("runs", 300))
     nothing = given.get("nothing") == "true"
     words = [word for word in given.get("only", "").split(";") if word]
-    searches = {name: partial(ours, **changes) for name, changes in OURS.items()} | RIVALS
-    searches = {n: s for n, s in searches.items() if not words or any(w in n for w in words)}
     setting = Setting()
     with Runner(setting) as runner:
         land = (Nothing if nothing else Landscape)(setting, runner.known)
         horizon = runs * land.costs[""]
-        looks = [horizon]
+        hours = {"hours": horizon / 3600, "trials": None}  # a study proves what is ahead at its end
+        searches = {name: partial(ours, **hours, **changes) for name, changes in OURS.items()}
+        searches = {
+            name: search
+            for name, search in (searches | RIVALS).items()
+            if not words or any(word in name for word in words)
+        }
+        looks = [n * land.costs[""] for n in LOOKS if n < runs] + [horizon]
         told: dict[str, list[Told]] = {name: [] for name in searches}
         for repeat in tqdm(range(seed, seed + repeats), desc="repeats"):
             shift = 1000 * (repeat + 1)
@@ -141,8 +147,7 @@ def report(told: dict[str, list[Told]], land: Landscape, horizon: float, real: b
     )
     if target is not None:
         print(f"target: {target:.4f}, the median best of {TARGET_AFTER} trials of '{name}'")
-    checks = [n for n in (30, 100, 300) if n * unit <= horizon * 1.01 and not real]
-    checks = checks or [horizon / unit]
+    checks = [n for n in LOOKS if n * unit < horizon] + [horizon / unit]
     head = " | ".join(f"after {n:g} runs" for n in checks)
     print(f"\n| search | {head} | target reached | runs (trials) to the target |")
     print("|---" * (3 + len(checks)) + "|")

@@ -60,7 +60,7 @@ class Lab:
     def search(self) -> Found:
         self.begin()
         yield self.state()
-        while len(self.journal) < MAX_TRIALS:
+        while not self.study.end.is_reached(self.journal.trials):
             parent = self.journal.incumbent
             proposal = mixed.propose(self.context())
             if proposal is None:
@@ -86,9 +86,10 @@ class Lab:
             trial.status, trial.reason = "invalid", "known"
             self.add(trial, point)
             return
-        bar = strategy.bar_of(trial, self.journal, self.study.strategy, self.rule)
         shorter = saved_lines(proposal) > 0
         while True:
+            settings = self.study
+            bar = strategy.bar_of(trial, self.journal, settings.strategy, self.rule, settings.end)
             there = self.journal.runs_of(parent, trial)
             seed = next_seed(trial.runs, self.study.seeds)
             decision = decide(trial.differences, bar, shorter)
@@ -116,6 +117,7 @@ class Lab:
         )
 
     def add(self, trial: Trial, point: Point) -> None:
+        trial.wall_s = sum(run.wall_s for run in trial.made)
         self.journal.trials.append(trial)
         self.points.append(point)
 
@@ -132,6 +134,7 @@ class Lab:
             sources=self.study.sources,
             strategy=self.study.strategy,
             rule=self.rule,
+            end=self.study.end,
             plateau_after=self.study.plateau_after,
             read=lambda path: texts[path] if path in texts else read(path),
         )
@@ -183,8 +186,8 @@ def ours(setting: Setting, evaluate: Evaluate, seed: int, **changes: Any) -> Fou
 
 
 def greedy(setting: Setting, evaluate: Evaluate, seed: int) -> Found:
-    """The same sampler and recipes, in equal shares; one seed; lower is better."""
-    sources = {"sampler": 1.0, "recipes": 1.0}
+    """The same sampler and recipes, in the same shares; one seed; lower is better."""
+    sources = {name: setting.plan.study.sources[name] for name in ("sampler", "recipes")}
     lab = Lab(setting, evaluate, seed, sources=sources, strategy="greedy", plateau_after=None)
     trial = lab.trial(BASELINE, None)
     trial.runs, trial.decision = [lab.run(Point.of({}), 1)], "keep"
