@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from agent import early, promotion_report, replays
+from agent import early, promotion_report, replays, strategy
 from agent.costs import in_words, of_trials
 from agent.decide import measure_noise, spent
 from agent.journal import Journal, Trial, counted
@@ -384,6 +384,10 @@ def _trust(trials: list[Trial], settings: dict[str, Any]) -> str:
         lines.append(
             f"Estimated sum of the kept gains: {total:+.4f} ({total - half:+.4f} to "
             f"{total + half:+.4f}, 95 %)."
+        )
+    if ahead := strategy.unproven(trials):
+        lines.append(
+            f"Ahead on one seed and not proven: {number(ahead)}, by {ahead.differences[0]:+.4f}."
         )
     paired = measure_noise([t.differences for t in trials])
     if paired.sigma is not None:

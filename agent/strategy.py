@@ -12,11 +12,14 @@ takes three to ten runs more. The next proposals are put on it, and what is ahea
 seed is built on in its turn (a child that is not ends after that run). The node furthest ahead is
 the front; one on which TIRED proposals brought nothing is left for the next best. The whole of a
 front is proven against the incumbent when that is worth its runs (`prove_from`): by then it is a
-large gain, which few seeds prove. Only then is it kept. Proof is sought when a new front runs,
-which then goes on, or, when nothing on the front is better, by a trial of its own that runs the
-front again (`Proposal.proves`). That trial goes on with the front's evidence, so it has the front's
-share of the error budget: each trial's evidence is a martingale of its own (decide.py), whichever
-are gone on with. Parts of what was kept were each ahead on one seed alone: proven is the whole.
+large gain, which few seeds prove. Only then is it kept. After a keep the tree rests, REST times as
+long as all trials until then took: so a study of any length has few proofs, and what it loses is
+that what is kept lags behind what is ahead. Before its end it proves what is ahead, while there is
+time. Proof is sought when a new front runs, which then goes on, or, when nothing on the front is
+better, by a trial of its own that runs the front again (`Proposal.proves`). That trial goes on with
+the front's evidence, so it has the front's share of the error budget: each trial's evidence is a
+martingale of its own (decide.py), whichever are gone on with. Parts of what was kept were each
+ahead on one seed alone: proven is the whole.
 
 **islands**: ISLANDS of them have a stem each and take turns. An island accepts a trial of its turn
 whose estimate is better than its own: that needs no proof, for what is kept does. Every MIGRATION
@@ -38,6 +41,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from agent.decide import (
+    AHEAD,
     Bar,
     Rule,
     bar_for,
@@ -277,6 +281,14 @@ def proof_of(context: Context) -> Proposal | None:
         events=[],
         near=[],
     )
+
+
+def unproven(trials: Sequence[Trial]) -> Trial | None:
+    """What is furthest ahead of the incumbent and still waits for its proof."""
+    incumbent = max((t.number for t in trials if t.decision == "keep"), default=None)
+    waits = [t for t in trials if t.parent == incumbent and t.reason.startswith(AHEAD)]
+    waits = [t for t in waits if not proofs_of(t, trials)]
+    return max(waits, key=lambda t: t.differences[0], default=None)
 
 
 # ---- islands ----

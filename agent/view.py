@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from agent import strategy
 from agent.costs import in_words, of_trials
 from agent.end import End
 from agent.journal import Journal, Trial, counted
@@ -133,6 +134,11 @@ def summary(
     what += [f"code: {t.proposal.heading} (trial {t.number})" for t in kept if t.proposal.edits]
     what = what or ["the baseline's configuration: nothing was better"]
     lines += [f"{'best:' if not i else '':12} {change}" for i, change in enumerate(what)]
+    if ahead := strategy.unproven(journal.trials):
+        lines.append(
+            f"{'ahead:':12} trial {ahead.number} by {ahead.differences[0]:+.4f} on one seed, not "
+            f"proven: study.trials={len(journal)} proves it"
+        )
     if usage := of_trials(journal.trials):
         lines.append(f"{'model:':12} {in_words(usage)}")
     if report:

@@ -18,6 +18,7 @@ from agent.loop import main
 from agent.proposers import Context, mixed, recipes, sampler
 from agent.settings import Bounds, differences, read_plan
 from agent.strategy import ISLANDS, MAX_CHANGES, MIGRATION, TIRED
+from agent.view import summary
 from nightshift.fixed.config import CONF, ConfigError, flatten
 
 TEXT = "A = 1\nB = 1\nC = 1\nD = 1\n"
@@ -229,6 +230,20 @@ def test_a_front_on_which_nothing_is_better_is_run_again_for_its_proof_once(tmp_
     assert mixed.propose(now) == proof
     failed = a_trial(2, proof, 0.001)
     assert strategy.proof_of(at(tmp_path, [front, failed], end=End(3))) is None
+
+
+def test_what_is_ahead_and_not_proven_is_told_until_it_is_proven_or_something_is_kept():
+    first, best = (a_trial(n, change("A = 1", f"A = {n}"), 0.01 * n) for n in (1, 2))
+    for trial in (first, best):
+        trial.reason = decide(trial.differences, bar_at(lab(), trial.proposal)).reason
+    assert strategy.unproven(lab().trials) is None
+    assert strategy.unproven(lab(first, best).trials) is best
+    proof = a_trial(3, replace(best.proposal, proves=2), 0.001)
+    assert strategy.unproven(lab(first, best, proof).trials) is first
+    kept = a_trial(4, change("B = 1", "B = 2"), 0.01, "keep")
+    assert strategy.unproven(lab(first, best, proof, kept).trials) is None
+    text = summary(lab(first, best), Path("none"), "s", None)
+    assert "trial 2 by +0.0200 on one seed, not proven: study.trials=3 proves it" in text
 
 
 def test_a_proof_goes_on_with_the_share_of_the_error_budget_that_its_trial_had():
