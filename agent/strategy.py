@@ -66,7 +66,8 @@ MAX_CHANGES = 20  # of a stem with the proposal on it
 TIRED = 20  # proposals on a node that were no better, then it is left
 PROOF = 0.25  # runs of a proof for each trial since the last keep
 REST = 2  # times the trials up to the last keep, without a proof after it
-SPARE = 1  # seeds that a proof may take beyond what is expected, when time runs out
+LAST_PROOF = 0.33  # of the seconds since the last keep, for the proof before the hours run out
+SPARE = 2  # seeds that a proof may take beyond what is expected, when time runs out
 ISLANDS = 3
 MIGRATION = 12
 PLATEAU_MOVES = ("structural", "branch")
@@ -236,16 +237,24 @@ def prove_from(node: Trial, journal: Journal, end: End, bar: Bar) -> float:
     if end.seconds < math.inf and node.differences:
         waited_s = sum(map(seconds_of, journal.trials[kept + 1 :]))
         left_s, proof_s = left_when_run(node, journal, end), time_of_proof(node, journal, bar)
-        if left_s < proof_s:
-            return math.inf  # too late
-        if left_s < proof_s + usual_s(journal.trials):
-            return -math.inf  # the next trial would be too late
+        spare_s = SPARE * max(run.wall_s or 0.0 for run in node.runs)
+        if left_s < proof_s + spare_s + usual_s(journal.trials):  # the next trial would be too late
+            dear = proof_s > LAST_PROOF * (waited_s + left_s)
+            return math.inf if dear or left_s < proof_s else -math.inf
         near_end = near_end or left_s < waited_s
     if number >= end.trials:
         return -math.inf
     if near_end or waited < REST * kept:
         return math.inf
-    return least_to_prove(bar, PROOF * waited, typical_tau(bar))
+    runs = PROOF * waited - runs_of_proofs(journal)
+    return least_to_prove(bar, runs, typical_tau(bar))
+
+
+def runs_of_proofs(journal: Journal) -> int:
+    """Runs beyond the first of the trials since the last keep, the incumbent's for them too."""
+    since = journal.trials[journal.incumbent.number + 1 :]
+    tree = [t for t in since if t.proposal.source in STEM_SOURCES]
+    return sum(len(t.runs) - 1 + len(t.parent_runs) for t in tree if len(t.runs) > 1)
 
 
 def left_when_run(node: Trial, journal: Journal, end: End) -> float:
@@ -254,9 +263,9 @@ def left_when_run(node: Trial, journal: Journal, end: End) -> float:
 
 
 def time_of_proof(node: Trial, journal: Journal, bar: Bar) -> float:
-    """Seconds, at most: that of an earlier trial begins with its first run again, and the parent
+    """Seconds: that of an earlier trial begins with its first run again, and the parent
     runs the seeds that it lacks."""
-    seeds = SPARE + seeds_to_prove(node.differences[0], bar, typical_tau(bar))
+    seeds = seeds_to_prove(node.differences[0], bar, typical_tau(bar))
     runs_now = node.number == len(journal)
     parent = journal.runs_of(journal.trials[node.parent], node if runs_now else None)
     run_s = max(run.wall_s or 0.0 for run in node.runs)
