@@ -251,7 +251,7 @@ def test_a_study_stops_a_hopeless_trial_once_it_has_history(tmp_path):
     """One trial with hope; one far behind is checked, the next is stopped. It is no failure, and
     nothing is left of it but its curve."""
     project = make_project(tmp_path / "project")
-    script(project, [worse(0.0011), worse(0.5, "lingers 0.5"), worse(0.6, "lingers 60")])
+    script(project, [worse(-0.0001), worse(0.5, "lingers 0.5"), worse(0.6, "lingers 60")])
     few = ["study.baseline_seeds=[1,2]", "study.max_seeds=2", "runtime.num_dev_points=4"]
     assert main(overrides(3, "study.early_stop=0.5", "study.false_keeps=50", *few), project) == 0
     *near, checked, stopped = journal_of(project).trials
