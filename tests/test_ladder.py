@@ -39,7 +39,7 @@ def starts(project) -> str:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     project = make_project(tmp_path_factory.mktemp("ladder") / "project")
-    early_riser = worse(-0.0001, "short -1.0")  # a whole bit better in its short run, hardly in the whole
+    early_riser = worse(-0.0001, "short -1.0")  # a bit better in its short run alone
     script(project, [worse(0.5), early_riser, worse(0.6), worse(0.7)])
     assert main(overrides(4, *FEW, *LADDER), project) == 0
     return project
