@@ -103,7 +103,7 @@ def test_a_near_tie_runs_more_seeds_and_so_does_its_parent_but_only_once(project
     """Seeds 4, 5, ... are new to the baseline: it runs them for trial 1, in its own code, and they
     serve trial 2 as well."""
     script(project, [behave("uneven"), behave("uneven", also="# again")])
-    assert main(overrides(2, "study.max_seeds=6", "study.false_keeps=0.0001"), project) == 0
+    assert main(overrides(2, "study.max_seeds=6", "study.false_keeps=0.01"), project) == 0
     baseline, first, second = journal_of(project).trials
     assert first.seeds == second.seeds == [1, 2, 3, 4, 5, 6]
     assert [run.seed for run in first.parent_runs] == [4, 5, 6] and second.parent_runs == []
