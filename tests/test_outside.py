@@ -194,7 +194,8 @@ def test_an_mcp_client_and_the_command_line_drive_a_study_to_the_same_journal(tm
     assert by_mcp[3]["decision"] == "keep" and by_mcp[3]["gain"] == pytest.approx(0.5)
     assert by_mcp[3]["trials_left"] == 0
     assert "study first has run its 1 trials" in by_mcp[4]["error"]
-    assert all(any("trial 1: seed_" in line for line in lines) for lines in told)
+    later = ("trial 1: seed_2", "trial 1: seed_3")  # each is short: a look may miss one
+    assert all(any(seed in line for line in lines for seed in later) for lines in told)
 
 
 @pytest.mark.slow
