@@ -36,7 +36,7 @@ can be told again. A change that is in the incumbent by now, or whose text fits 
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ from agent.decide import (
     typical_tau,
 )
 from agent.end import End, seconds_of, usual_s
-from agent.journal import Journal, Proposal, Trial, base_of
+from agent.journal import Journal, Proposal, Run, Trial, base_of
 from agent.proposers import Context, Stem, edited, is_valid, shares_edit
 from agent.proposers.simplify import values_before, without
 from nightshift.fixed.config import flatten
@@ -237,7 +237,7 @@ def prove_from(node: Trial, journal: Journal, end: End, bar: Bar) -> float:
     if end.seconds < math.inf and node.differences:
         waited_s = sum(map(seconds_of, journal.trials[kept + 1 :]))
         left_s, proof_s = left_when_run(node, journal, end), time_of_proof(node, journal, bar)
-        spare_s = SPARE * max(run.wall_s or 0.0 for run in node.runs)
+        spare_s = SPARE * slowest_s(node.runs)
         if left_s < proof_s + spare_s + usual_s(journal.trials):  # the next trial would be too late
             dear = proof_s > LAST_PROOF * (waited_s + left_s)
             return math.inf if dear or left_s < proof_s else -math.inf
@@ -268,9 +268,12 @@ def time_of_proof(node: Trial, journal: Journal, bar: Bar) -> float:
     seeds = seeds_to_prove(node.differences[0], bar, typical_tau(bar))
     runs_now = node.number == len(journal)
     parent = journal.runs_of(journal.trials[node.parent], node if runs_now else None)
-    run_s = max(run.wall_s or 0.0 for run in node.runs)
-    parent_s = max(run.wall_s or 0.0 for run in parent.values())
-    return (seeds - runs_now) * run_s + max(0, seeds - len(parent)) * parent_s
+    own_s = (seeds - runs_now) * slowest_s(node.runs)
+    return own_s + max(0, seeds - len(parent)) * slowest_s(parent.values())
+
+
+def slowest_s(runs: Iterable[Run]) -> float:
+    return max(run.wall_s or 0.0 for run in runs)
 
 
 def proof_of(context: Context) -> Proposal | None:

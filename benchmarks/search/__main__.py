@@ -34,7 +34,10 @@ OURS = {
     "islands, proven": {"strategy": "islands"},
     "greedy, proven": {"strategy": "greedy"},
 }
-COLORS = ("#BBBBBB", "#56B4E9", "#F0E442", "#E69F00", "#CC79A7", "#009E73", "#000000")
+COLORS = (  # of RIVALS, in order
+    *("#BBBBBB", "#888888", "#F0E442", "#E69F00", "#8B4513", "#CC79A7", "#D55E00"),
+    *("#009E73", "#000000"),
+)
 TARGET_AFTER = 100  # random trials
 LOOKS = (36, 100)  # runs after which the tables say where a search is, and at its end
 FRESH = (9001, 9002, 9003)  # seeds on which real results are measured again

@@ -5,26 +5,30 @@ search yields (seconds spent so far, trials so far, the point that it would deli
 
 ours      agent/proposers and agent/strategy.py propose, agent/decide.py judges as in a study: pairs
           on equal seeds, the incumbent's runs paid for
-greedy    the same sampler and recipes; one seed; what is lower is kept (autoresearch's rule)
+greedy    the same recipes, and steps of values; one seed; what is lower is kept (autoresearch's
+          rule). Steps are random ones, or what our sampler proposes
 random, TPE, CMA-ES   Optuna's samplers over the whole space, from the baseline on; one seed; the
           lowest number is delivered
+Hydra's TPE   the same by Hydra's Optuna sweeper, beside one run of the baseline
 """
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import optuna
 from collect import anywhere, place
+from hydra_sweeper import sweeper
 from runs import Point, Score, Setting
 
 from agent import strategy
 from agent.decide import decide, next_seed, pair
 from agent.journal import Edit, Journal, Proposal, Run, Trial
 from agent.loop import BASELINE
-from agent.proposers import Context, mixed
+from agent.proposers import Context, mixed, recipes, sampler
 from agent.seeds import fill_in
-from nightshift.fixed.config import ROOT, unflatten
+from nightshift.fixed.config import ROOT, flatten, unflatten
 
 Evaluate = Callable[[Point, int], Score]
 Found = Iterator[tuple[float, int, Point]]
@@ -185,31 +189,39 @@ def ours(setting: Setting, evaluate: Evaluate, seed: int, **changes: Any) -> Fou
 # ---- the rivals ----
 
 
-def greedy(setting: Setting, evaluate: Evaluate, seed: int) -> Found:
-    """The same sampler and recipes, in the same shares; one seed; lower is better."""
-    sources = {name: setting.plan.study.sources[name] for name in ("sampler", "recipes")}
-    lab = Lab(setting, evaluate, seed, sources=sources, strategy="greedy", plateau_after=None)
-    trial = lab.trial(BASELINE, None)
-    trial.runs, trial.decision = [lab.run(Point.of({}), 1)], "keep"
-    lab.add(trial, Point.of({}))
-    yield lab.state()
-    while len(lab.journal) < MAX_TRIALS:
-        parent = lab.journal.incumbent
-        proposal = mixed.propose(lab.context())
-        if proposal is None:
-            return
-        point = changed(setting, lab.points[parent.number], proposal)
-        trial = lab.trial(proposal, parent.number)
-        if point not in lab.points:
-            trial.runs = [lab.run(point, 1)]
-            trial.status = trial.runs[0].status
-        else:
-            trial.status = "invalid"
-        if trial.status == "ok":
-            trial.gain = trial.estimate = parent.runs[0].val_bpb - trial.runs[0].val_bpb
-            trial.decision = "keep" if trial.gain > 0 else "discard"
-        lab.add(trial, point)
+def greedy(propose: Callable[[Context], Proposal | None]):
+    """One seed; what is lower is kept: autoresearch's rule. The same recipes in the same shares."""
+
+    def search(setting: Setting, evaluate: Evaluate, seed: int) -> Found:
+        sources = {name: setting.plan.study.sources[name] for name in ("sampler", "recipes")}
+        lab = Lab(setting, evaluate, seed, sources=sources, strategy="greedy", plateau_after=None)
+        trial = lab.trial(BASELINE, None)
+        trial.runs, trial.decision = [lab.run(Point.of({}), 1)], "keep"
+        lab.add(trial, Point.of({}))
         yield lab.state()
+        while len(lab.journal) < MAX_TRIALS and (proposal := propose(lab.context())):
+            parent = lab.journal.incumbent
+            point = changed(setting, lab.points[parent.number], proposal)
+            trial = lab.trial(proposal, parent.number)
+            if point not in lab.points:
+                trial.runs = [lab.run(point, 1)]
+                trial.status = trial.runs[0].status
+            else:
+                trial.status = "invalid"
+            if trial.status == "ok":
+                trial.gain = trial.estimate = parent.runs[0].val_bpb - trial.runs[0].val_bpb
+                trial.decision = "keep" if trial.gain > 0 else "discard"
+            lab.add(trial, point)
+            yield lab.state()
+
+    return search
+
+
+def stepping(context: Context) -> Proposal | None:
+    """Recipes and the sampler take the same turns; the sampler knows no result: random steps."""
+    names = mixed.ranking(context.journal.trials, context.sources, context.seed, context.number)
+    recipe = recipes.propose(context) if names[0] == "recipes" else None
+    return recipe or sampler.propose(replace(context, journal=Journal(ROOT / "none")))
 
 
 def sampled(
@@ -242,6 +254,38 @@ def sampled(
     return search
 
 
+def swept(with_recipes: bool) -> Callable[[Setting, Evaluate, int], Found]:
+    """A search by Hydra's Optuna sweeper with its TPE."""
+
+    def search(setting: Setting, evaluate: Evaluate, seed: int) -> Found:
+        found = Point.of({})
+        score = evaluate(found, 1)
+        spent, best = score.seconds, score.val_bpb
+        yield spent, 1, found
+        titles = list(setting.recipes) if with_recipes else []
+        switches = {f"recipes.r{number}": title for number, title in enumerate(titles)}
+        with sweeper(intervals(setting) | dict.fromkeys(switches, "choice(0,1)"), seed) as jobs:
+            for number, (asked, tell) in enumerate(jobs, start=2):
+                asked = flatten(asked)
+                shares = {key: place(setting, key, asked[key]) for key in setting.plan.space}
+                chosen = [title for key, title in switches.items() if asked[key]]
+                point = asked_for(setting, shares, chosen)
+                score = evaluate(point, 1)
+                spent += score.seconds
+                if score.val_bpb is not None and score.val_bpb < best:
+                    best, found = score.val_bpb, point
+                yield spent, number, found
+                tell(CRASHED if score.val_bpb is None else score.val_bpb)
+
+    return search
+
+
+def intervals(setting: Setting) -> dict[str, str]:
+    """The space in Hydra's syntax of a sweep."""
+    ranges = {k: f"interval({b.low},{b.high})" for k, b in sorted(setting.plan.space.items())}
+    return {k: f"tag(log,{r})" if setting.plan.space[k].log else r for k, r in ranges.items()}
+
+
 def asked_for(setting: Setting, shares: dict[str, float], switches: list[str]) -> Point:
     """Recipes that do not fit beside the ones before them are left out."""
     values = {key: anywhere(setting, key, share) for key, share in shares.items()}
@@ -255,7 +299,7 @@ def asked_for(setting: Setting, shares: dict[str, float], switches: list[str]) -
 
 
 def tpe(seed: int, start: dict) -> optuna.samplers.BaseSampler:
-    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=10)  # as Hydra's sweeper
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=10)
 
 
 def cmaes(seed: int, start: dict) -> optuna.samplers.BaseSampler:
@@ -269,9 +313,11 @@ def anyhow(seed: int, start: dict) -> optuna.samplers.BaseSampler:
 RIVALS = {
     "random, values": sampled(anyhow, False),
     "random, values and recipes": sampled(anyhow, True),
-    "TPE, values (Hydra's sweeper)": sampled(tpe, False),
+    "Hydra's TPE, values": swept(False),
+    "Hydra's TPE, values and recipes": swept(True),
     "TPE, values and recipes": sampled(tpe, True),
     "CMA-ES, values": sampled(cmaes, False),
     "CMA-ES, values and recipes": sampled(cmaes, True),
-    "greedy, one seed": greedy,
+    "greedy, one seed": greedy(stepping),
+    "greedy, one seed, our sampler": greedy(mixed.propose),
 }
