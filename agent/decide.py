@@ -279,14 +279,15 @@ def decide(
     behind = n == 1 and gain <= bar.least
     lost = gain < -LOSER * bar.sigma or behind
     waits = n == 1 and gain < bar.prove_from
-    better_yet = not lost and not waits and (can_reach(seen, bar) or seen.log_e >= log_needed)
+    provable = can_reach(seen, bar) or seen.log_e >= log_needed
+    better_yet = not lost and not waits and provable
     equal_yet = shorter and not lost and not waits and seen.estimate + seen.sd > -bar.margin
     if n < bar.rule.max_seeds and (better_yet or equal_yet):
         return _decision("more", "undecided", gain, n, seen, bar)
     what = "not better than the incumbent" if gain <= 0 else "not shown to be better"
     if gain > 0 and behind:
         what = f"no better than what it builds on ({bar.least:+.4f})"
-    elif gain > 0 and waits:
+    elif gain > 0 and waits and provable:
         what = AHEAD
     return _decision("discard", what, gain, n, seen, bar)
 

@@ -159,6 +159,12 @@ def test_a_tree_seeks_no_proof_soon_after_a_keep_and_greedy_does_at_once():
     assert decide([0.002], bar_at(lab(), change("A = 1", "A = 2"), name="greedy")).kind == "more"
 
 
+def test_what_no_number_of_seeds_would_prove_waits_for_no_proof():
+    bar = bar_at(lab(), change("A = 1", "A = 2"))
+    tiny = decide([0.0002], bar._replace(rule=RULE._replace(max_seeds=3)))
+    assert tiny.kind == "discard" and tiny.reason.startswith("not shown to be better")
+
+
 def ends(first: int, last: int) -> list[Trial]:
     return [a_trial(n, change("D = 1", f"D = {n}"), -0.01) for n in range(first, last + 1)]
 
