@@ -12,9 +12,9 @@ import shutil
 import threading
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from agent import workspace
 from agent.journal import Edit, Journal, Proposal, Trial
@@ -79,16 +79,19 @@ class AnswerEdit(Arguments):
     replace: str = Field(max_length=MAX_EDIT_CHARS, description="what stands there instead")
 
 
+Words = Annotated[str, StringConstraints(strip_whitespace=True)]
+
+
 class Answer(Arguments):
     """One proposal: values, edits, or both, applied to the incumbent."""
 
-    title: str = Field(min_length=1, max_length=120, description="what changes: softcap 15 -> 20")
-    hypothesis: str = Field(
+    title: Words = Field(min_length=1, max_length=120, description="what changes: softcap 15 -> 20")
+    hypothesis: Words = Field(
         min_length=1,
         max_length=600,
         description="one sentence: why it should help",
     )
-    expected_effect: str = Field(
+    expected_effect: Words = Field(
         min_length=1,
         max_length=300,
         description="by how much the number should move, and its cost",

@@ -28,6 +28,7 @@ KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
 FIRST_WAIT_S = 1.0  # doubled with each retry
 MAX_MESSAGE_CHARS = 300
 POLL_S = 0.05
+WRITTEN = ("content", "tool_calls", "invalid_tool_calls", "additional_kwargs")  # by the model
 TOO_LONG = ("context_length", "context length", "context size")
 NO_CREDIT = ("insufficient_quota", "credit balance", "billing", "payment required")
 
@@ -180,16 +181,17 @@ class Caller:
         return {"input_tokens": tokens, "output_tokens": longest, "dollars": dollars}
 
     def _charged(self, answer: Any, most: dict[str, Any]) -> dict[str, Any]:
-        """By the provider's count; `estimated` where it gave none."""
+        """By the provider's count; `estimated` where it gave none, or what is no count."""
         usage, facts = answer.usage_metadata or {}, {}
-        if not usage:
+        if not all(is_count(usage.get(name)) for name in ("input_tokens", "output_tokens")):
             written = len(str(answer.content)) + len(str(answer.tool_calls))
             usage = {
                 "input_tokens": most["input_tokens"],
                 "output_tokens": written // CHARS_PER_TOKEN,
             }
             facts["estimated"] = True
-        cached = (usage.get("input_token_details") or {}).get("cache_read") or 0
+        cached = (usage.get("input_token_details") or {}).get("cache_read")
+        cached = cached if is_count(cached) else 0
         tokens = {name: usage[name] for name in ("input_tokens", "output_tokens")}
         dollars = self.prices.dollars(*tokens.values(), cached)
         return facts | tokens | {"cached_tokens": cached, "dollars": dollars}
@@ -215,7 +217,9 @@ class Caller:
                 raise failure_of(error)
             if not hasattr(answer, "tool_calls"):
                 raise CallFailed("no answer", f"got {type(answer).__name__}", retry=True)
-            return answer
+            return answer.model_copy(
+                update={name: encodable(getattr(answer, name)) for name in WRITTEN}
+            )
         message = f"no whole answer within {self.settings.timeout_s:g} s (study.llm.timeout_s)"
         raise CallFailed("timeout", message, retry=True)
 
@@ -225,6 +229,19 @@ class Caller:
             self.stop.check()
             self.stop_between.check()
             time.sleep(POLL_S)
+
+
+def is_count(value: Any) -> bool:
+    return isinstance(value, int) and value >= 0
+
+
+def encodable(value: Any) -> Any:
+    """With a ? for each half of a surrogate pair: the answer is sent again, and kept, in UTF-8."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, dict):
+        return {encodable(key): encodable(each) for key, each in value.items()}
+    return [encodable(each) for each in value] if isinstance(value, list) else value
 
 
 def failure_of(error: BaseException) -> CallFailed:

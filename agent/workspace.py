@@ -5,8 +5,9 @@ worktree under the study's folder, and branches move by `git update-ref`. A comm
 reachable under refs/trials/<study>/<number> whatever is decided.
 
 Covered: a trial changes editable files only (by path, without links; checked again on the commit,
-and by digests of everything else); conf/ holds plain values; random generators are not seeded; code
-carries no large literals (text or tables learned elsewhere).
+and by digests of everything else); conf/ holds plain values (an interpolation could read
+the environment, a provider's key too); random generators are not seeded; code carries no large
+literals (text or tables learned elsewhere).
 Not covered: a seed that is set under another name is found by its effect (fixed/evaluate.py), if
 it makes the initial weights the same for all seeds. Data in many small literals.
 """
@@ -21,12 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+import yaml
 from omegaconf import OmegaConf
 
 from agent.journal import Edit, Journal, Proposal
@@ -447,6 +450,11 @@ def _apply_overrides(tree: Path, overrides: dict[str, Any], before: Config, targ
                 f"override {key}: not editable. Editable: the keys of {', '.join(target.groups)}."
             )
         raise Refused(f"override {key}: there is no such key.{nearest(key, editable)}")
+    for key, value in overrides.items():
+        if found := computed(value):
+            raise Refused(
+                f"override {key}: '{found[0]}' is no plain value. Write the value itself."
+            )
     if overrides:
         without = flatten(compose(tree / "conf", "config", ["trial=none"]))
         needless = [key for key, value in overrides.items() if without.get(key, ...) == value]
@@ -462,12 +470,33 @@ def _apply_edit(tree: Path, edit: Edit, which: str, target: Target) -> None:
         raise Refused(
             f"{which}: search text occurs {count} times in {edit.path}; it must occur once. {move}"
         )
-    if path.suffix == ".yaml" and (match := NOT_A_VALUE.search(edit.replace)):
+    after = text.replace(edit.search, edit.replace)
+    if path.suffix == ".yaml" and (new := more_than_values(after) - more_than_values(text)):
         raise Refused(
-            f"{which}: '{match[0].strip()}' in {edit.path}; files in conf/ hold plain values. "
+            f"{which}: '{next(iter(new))}' in {edit.path}; files in conf/ hold plain values. "
             "Write the value itself."
         )
-    path.write_bytes(text.replace(edit.search, edit.replace).encode("utf-8"))
+    path.write_bytes(after.encode("utf-8"))
+
+
+def more_than_values(text: str) -> Counter[str]:
+    """What a YAML file has beyond values, also where escapes hide it: "\\x24{" is "${"."""
+    found = [match.strip() for match in NOT_A_VALUE.findall(text)]
+    try:
+        found += computed(yaml.safe_load(text))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        pass  # Hydra says what is wrong with it
+    return Counter(found)
+
+
+def computed(value: Any) -> list[str]:
+    """The interpolations in a value, and its keys that Hydra acts on."""
+    if isinstance(value, str):
+        return [value] if "${" in value else []
+    if isinstance(value, dict):
+        keys = [key for key in value if key in ("defaults", "_target_")]
+        return keys + computed([*value, *value.values()])
+    return [found for each in value for found in computed(each)] if isinstance(value, list) else []
 
 
 def is_editable(name: str, target: Target = VAL) -> bool:

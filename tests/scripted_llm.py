@@ -27,7 +27,7 @@ class Reply:
     drip_s: float = 0.0  # between bytes of the body: a server that never ends
     drop: bool = False  # hang up without a word
     finish: str = "stop"
-    usage: bool = True
+    usage: bool | dict[str, Any] = True  # its own count; none; or these words in its place
 
 
 Entry = Reply | Callable[[dict[str, Any]], Reply]
@@ -117,7 +117,9 @@ class ScriptedServer:
             "model": request.get("model", "m"),
             "choices": [{"index": 0, "message": reply.message, "finish_reason": reply.finish}],
         }
-        if reply.usage:
+        if isinstance(reply.usage, dict):
+            body["usage"] = reply.usage
+        elif reply.usage:
             total = asked + answered
             body["usage"] = {
                 "prompt_tokens": asked, "completion_tokens": answered, "total_tokens": total

@@ -28,7 +28,13 @@ from agent.settings import Bounds, LlmSettings, StudyError
 from agent.trial import Interrupted, Stop
 from nightshift.fixed.config import check, flatten
 
-GOOD = propose(title="bonus", edits=[an_edit("BONUS = 0.0", "BONUS = 0.3")])
+GOOD_ANSWER = {
+    "title": "bonus",
+    "hypothesis": "h",
+    "expected_effect": "-0.01",
+    "edits": [an_edit("BONUS = 0.0", "BONUS = 0.3")],
+}
+GOOD = propose(**GOOD_ANSWER)
 BAD = propose(edits=[an_edit("nowhere", "x")])
 
 
@@ -108,6 +114,8 @@ def test_it_looks_is_corrected_and_answers(files):
         (BAD, "search text occurs 0 times"),
         (use(("propose", '{"title": "cut of')), "arguments of propose are no JSON object"),
         (use(("propose", {"titel": "x"})), "title: Field required"),
+        (propose(title=" \n"), "title: String should have at least 1 character"),
+        (propose(overrides={"optim.matrix_lr": "${oc.env:HOME}"}), "${oc.env:HOME}' is no plain"),
         (propose(overrides={"optim.matrix_lr": float("nan")}), "cannot be written down"),
         (use(("format_disk", {})), "no valid proposal within 12 calls"),
     ],
@@ -130,6 +138,14 @@ def test_many_tools_at_once_are_all_answered_but_not_all_run(files):
     _, server = run(files, [use(*[("noise", {})] * 30), GOOD])
     results = [m["content"] for m in server.requests[1]["messages"] if m["role"] == "tool"]
     assert len(results) == 30 and sum("at most 8" in text for text in results) == 22
+
+
+def test_half_a_surrogate_pair_costs_the_model_nothing_but_that_character(files):
+    half = use(("propose", '{"title": "\\ud800 up", "hypothesis": "h", "expected_effect": "0"}'))
+    said = use(("propose", json.dumps(GOOD_ANSWER | {"title": "\ud800 up"})))
+    proposal, server = run(files, [half, said])
+    assert (proposal.source, proposal.title) == ("llm", "? up")
+    assert len(server.requests) == 2 and "it changes nothing" in proposal.events[0]
 
 
 @pytest.mark.parametrize(
@@ -344,9 +360,19 @@ def test_a_lost_call_counts_against_caps_as_the_most_it_can_have_cost(tmp_path):
     assert Ledger(tmp_path).spent() == (10, 0.5)
 
 
-def test_without_usage_from_the_provider_tokens_are_estimated_not_zero(files):
+@pytest.mark.parametrize(
+    "usage",
+    [
+        False,
+        {"prompt_tokens": "many", "completion_tokens": "x", "total_tokens": None},
+        {"prompt_tokens": -5, "completion_tokens": 3, "total_tokens": -2},
+        {"prompt_tokens": 1.5, "completion_tokens": 2.5, "total_tokens": 4.0},
+    ],
+    ids=["none", "words", "negative", "fractions"],
+)
+def test_without_a_count_from_the_provider_tokens_are_estimated_not_zero(files, usage):
     with ScriptedServer([propose(overrides={"optim.beta1": 0.7})]) as server:
-        server.entries[0].usage = False
+        server.entries[0].usage = usage
         proposal = ask(files, Researcher(llm(server), files, Stop()))
     assert proposal.usage.input_tokens > 1000 and proposal.usage.output_tokens > 5
     assert Ledger(files.folder).calls[0]["estimated"]

@@ -1,6 +1,7 @@
 """Worktrees, edits and what is refused, in real git repositories."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,12 @@ def shared_tree(tmp_path_factory):
 def edit(path: str, search: str = 'BEHAVIOUR = "ok"', replace: str = "BEHAVIOUR = 1") -> Proposal:
     edits = [Edit(path=path, search=search, replace=replace)]
     return Proposal(title="t", hypothesis="h", source="test", edits=edits)
+
+
+def in_two(path: str, *texts: str) -> Proposal:
+    """Search, replace, search, replace."""
+    first, second = edit(path, *texts[:2]), edit(path, *texts[2:])
+    return replace(first, edits=first.edits + second.edits)
 
 
 def test_applied_proposal_is_a_commit_on_top_that_touches_only_its_files(project, tree):
@@ -97,6 +104,12 @@ def test_going_back_to_what_conf_says_anyway_removes_the_line(tree):
         (edit("src/nightshift/model.py", replace="def ("), "is not Python after the edits"),
         (edit("conf/optim/muon.yaml", "0.02\nemb", "${seed}\nemb"), "plain values"),
         (edit("conf/model/tiny.yaml", "depth: 4", "# @package _global_\nseed: 4"), "plain values"),
+        (edit("conf/optim/muon.yaml", "0.02\nemb", '"\\x24{oc.env:KEY}"\nemb'), "plain values"),
+        (edit("conf/optim/muon.yaml", "0.02\nemb", '0.02\n"def\\x61ults": [x]\nemb'), "defaults"),
+        (in_two("conf/optim/muon.yaml", "0.02\nemb", "$\nemb", "\nemb", "{seed}\nemb"), "2 of 2"),
+        (values(optim__matrix_lr="${oc.env:KEY}"), "'${oc.env:KEY}' is no plain value"),
+        (values(tokenizer__split_pattern="a${oc.env:KEY}"), "is no plain value"),
+        (values(filter__mixture=[{"match": "${oc.env:KEY}", "weight": 1}]), "is no plain value"),
         (edit("conf/model/tiny.yaml", "depth: 4", "dept: 4"), "model.depth"),
         (edit("conf/model/tiny.yaml", "depth: 4", "depth: ["), "not valid YAML"),
     ],
