@@ -40,15 +40,18 @@ class Prices:
         self.known = found is not None
         self.values = found or {}
 
-    def dollars(self, input_tokens: int, output_tokens: int, cached: int = 0) -> float | None:
-        """`cached`: of the input tokens, those that the provider had already."""
+    def dollars(
+        self, input_tokens: int, output_tokens: int, cached: int = 0, written: int = 0
+    ) -> float | None:
+        """Of the input tokens, `cached` are those that the provider had already, `written` those
+        that it keeps from now on."""
         if not self.known:
             return None
         price = self.values
-        paid = (input_tokens - cached) * price["input"] + cached * price.get(
-            "cached", price["input"]
-        )
-        return round((paid + output_tokens * price["output"]) / 1e6, 9)
+        paid = (input_tokens - cached - written) * price["input"] + output_tokens * price["output"]
+        paid += cached * price.get("cached", price["input"])
+        paid += written * price.get("written", price["input"])
+        return round(paid / 1e6, 9)
 
 
 class Ledger:

@@ -12,6 +12,7 @@ import copy
 import os
 import queue
 import random
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from agent.trial import Stop
 
 EXTRAS = {"openai": "llm", "anthropic": "anthropic", "ollama": "ollama"}  # of pyproject.toml
 KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
+# These refuse tools in chat completions; of later ones LangChain knows it.
+WANTS_RESPONSES = re.compile(r"openai:gpt-5\.[4-9]")
 FIRST_WAIT_S = 1.0  # doubled with each retry
 MAX_MESSAGE_CHARS = 300
 POLL_S = 0.05
@@ -61,6 +64,8 @@ def open_model(settings: LlmSettings) -> Any:
         if not settings.base_url:
             raise StudyError(f"study.llm.model ({settings.model}): set {key} to your key")
         given["api_key"] = "none"  # a server of one's own asks for none
+    if provider == "openai" and WANTS_RESPONSES.match(settings.model):
+        given["use_responses_api"] = True
     if provider == "ollama":
         given["num_predict"] = given.pop("max_tokens")
         if settings.output == "schema":  # else it cuts the prompt without a word
@@ -190,10 +195,11 @@ class Caller:
                 "output_tokens": written // CHARS_PER_TOKEN,
             }
             facts["estimated"] = True
-        cached = (usage.get("input_token_details") or {}).get("cache_read")
-        cached = cached if is_count(cached) else 0
+        details = usage.get("input_token_details") or {}
+        counts = [details.get(name) for name in ("cache_read", "cache_creation")]
+        cached, written = [count if is_count(count) else 0 for count in counts]
         tokens = {name: usage[name] for name in ("input_tokens", "output_tokens")}
-        dollars = self.prices.dollars(*tokens.values(), cached)
+        dollars = self.prices.dollars(*tokens.values(), cached, written)
         return facts | tokens | {"cached_tokens": cached, "dollars": dollars}
 
     def _in_time(self, invoke: Callable[[], Any]) -> Any:

@@ -253,7 +253,7 @@ class StudySettings(Group):
         if self.sources.get("llm") and not all(model.partition(":")):
             raise ValueError(
                 f"study.llm.model ({model or 'null'}): with study.sources.llm above 0 it must name "
-                "provider:model, e.g. study.llm.model=openai:gpt-4.1 or ollama:qwen3 "
+                "provider:model, e.g. study.llm.model=openai:gpt-6.1-sol or ollama:qwen3 "
                 "(docs/researcher.md)"
             )
         return self

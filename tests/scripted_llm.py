@@ -1,5 +1,8 @@
 """An OpenAI-compatible server on loopback that answers by a script and counts what it charged.
 
+It speaks both of OpenAI's ways, by the path that is asked for: chat completions, and responses (as
+reasoning models with tools demand): there an answer has a reasoning item before it.
+
     with ScriptedServer([propose(title=...), fail(429, retry_after=1), say("hello")]) as server:
         ... study.llm.base_url=server.url
         server.tokens        # (input, output) of all answers that were sent whole
@@ -56,7 +59,7 @@ def use(*calls: tuple[str, Any], **more) -> Reply:
         for n, (name, given) in enumerate(calls)
     ]
     message = {"role": "assistant", "content": None, "tool_calls": listed}
-    return Reply(message=message, finish="tool_calls", **more)
+    return Reply(message=message, **{"finish": "tool_calls"} | more)
 
 
 def propose(**answer) -> Reply:
@@ -72,6 +75,41 @@ def fail(status: int, message: str = "no", code: str | None = None, **headers: A
     body = json.dumps({"error": {"message": message, "type": "error", "code": code}})
     named = {name.replace("_", "-"): str(value) for name, value in headers.items()}
     return Reply(status=status, body=body, headers=named)
+
+
+def response(request: dict[str, Any], reply: Reply, asked: int, answered: int) -> dict[str, Any]:
+    """The same answer as an object of the Responses API."""
+    message, number = reply.message, time.monotonic_ns()
+    items: list[dict] = [{"type": "reasoning", "id": f"rs_{number}", "summary": []}]
+    parts = []
+    if message.get("refusal"):
+        parts.append({"type": "refusal", "refusal": message["refusal"]})
+    if message.get("content"):
+        parts.append({"type": "output_text", "text": message["content"], "annotations": []})
+    if parts:
+        said = {"type": "message", "id": f"msg_{number}", "role": "assistant"}
+        items.append(said | {"status": "completed", "content": parts})
+    for place, call in enumerate(message.get("tool_calls") or []):
+        named = {"type": "function_call", "id": f"fc_{number}_{place}", "call_id": call["id"]}
+        items.append(named | call["function"] | {"status": "completed"})
+    return {
+        "id": f"resp_{number}",
+        "object": "response",
+        "created_at": 0,
+        "status": "completed",
+        "model": request["model"],
+        "output": items,
+        "parallel_tool_calls": True,
+        "tool_choice": "auto",
+        "tools": [],
+        "usage": {
+            "input_tokens": asked,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens": answered,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": asked + answered,
+        },
+    }
 
 
 class ScriptedServer:
@@ -98,7 +136,8 @@ class ScriptedServer:
 
     def text_of(self, number: int) -> str:
         """All text of a request's messages."""
-        return json.dumps(self.requests[number]["messages"], ensure_ascii=False)
+        request = self.requests[number]
+        return json.dumps(request.get("messages") or request["input"], ensure_ascii=False)
 
     def next_reply(self, request: dict[str, Any]) -> Reply:
         with self.lock:
@@ -110,6 +149,8 @@ class ScriptedServer:
         """The body of an answer, and what it is charged: a token is four characters."""
         asked = len(json.dumps(request)) // 4
         answered = max(1, len(json.dumps(reply.message)) // 4)
+        if "input" in request:
+            return json.dumps(response(request, reply, asked, answered)), asked, answered
         body = {
             "id": "c",
             "object": "chat.completion",

@@ -106,6 +106,17 @@ def test_it_looks_is_corrected_and_answers(files):
     assert [json.loads(line)["role"] for line in said][:2] == ["system", "human"]
 
 
+def test_models_that_refuse_tools_in_chat_completions_are_asked_by_responses(files):
+    looks = use(("noise", {}), ("read_file", {"path": "src/nightshift/model.py"}))
+    for model in ("openai:gpt-6.1-sol", "openai:gpt-5.6-luna"):
+        proposal, server = run(files, [looks, refuse("Never."), say("x"), GOOD], model=model)
+        assert (proposal.source, proposal.title) == ("llm", "bonus")
+        assert "the model refused: Never." in proposal.events[0]
+        items = [item["type"] for item in server.requests[1]["input"]]
+        assert items[2:] == ["reasoning", *["function_call"] * 2, *["function_call_output"] * 2]
+        (files.folder / "calls.jsonl").unlink()
+
+
 @pytest.mark.parametrize(
     "entry, reason",
     [
@@ -113,6 +124,8 @@ def test_it_looks_is_corrected_and_answers(files):
         (refuse("I cannot help with that."), "the model refused: I cannot help with that."),
         (BAD, "search text occurs 0 times"),
         (use(("propose", '{"title": "cut of')), "arguments of propose are no JSON object"),
+        (use(("propose", '{"title": "cut of'), finish="length"), "cut off at 16000 tokens"),
+        (say("First I", finish="length"), "cut off at 16000 tokens (study.llm.max_output_tokens)"),
         (use(("propose", {"titel": "x"})), "title: Field required"),
         (propose(title=" \n"), "title: String should have at least 1 character"),
         (propose(overrides={"optim.matrix_lr": "${oc.env:HOME}"}), "${oc.env:HOME}' is no plain"),
@@ -319,6 +332,8 @@ def test_dollars_follow_the_price_and_no_price_is_null(files):
     assert Prices(llm()).dollars(10, 10) is None
     assert Prices(llm(model="ollama:qwen3")).dollars(10, 10) == 0
     assert Prices(llm(model="openai:gpt-4.1")).dollars(1_000_000, 0, cached=1_000_000) == 0.5
+    sonnet = Prices(llm(model="anthropic:claude-sonnet-5-5"))
+    assert sonnet.dollars(1_000_000, 0, cached=500_000, written=400_000) == 0.05 + 1.0 + 0.2
     table = yaml.safe_load((CHECKOUT / "agent/prices.yaml").read_text())
     assert all({"input", "output"} <= price.keys() for price in table.values())
 

@@ -188,7 +188,7 @@ class Researcher:
         from langchain_core.messages import HumanMessage
 
         if not (answer.tool_calls or answer.invalid_tool_calls):
-            reason = _words_of_refusal(answer) or NO_PROPOSAL
+            reason = _words_of_refusal(answer) or self._cut_off(answer) or NO_PROPOSAL
             talk.add(HumanMessage(NO_PROPOSAL))
             return None, [reason]
         reasons = []
@@ -204,9 +204,16 @@ class Researcher:
             else:
                 talk.reply(call, tools.call(self.files, call["name"], call["args"]))
         for call in answer.invalid_tool_calls:
-            reasons.append(f"the arguments of {call['name']} are no JSON object")
+            why = self._cut_off(answer) or f"the arguments of {call['name']} are no JSON object"
+            reasons.append(why)
             talk.reply(call, {"error": "the arguments are no JSON object; write them again"})
         return None, reasons
+
+    def _cut_off(self, answer: Any) -> str | None:
+        if not _ends(answer) & {"length", "max_tokens", "max_output_tokens"}:
+            return None
+        limit = self.settings.longest_answer
+        return f"the answer was cut off at {limit} tokens (study.llm.max_output_tokens)"
 
     def _check(self, values: Any) -> Proposal:
         return check_answer(self.files, read_answer(values), SOURCE, self.similar).proposal
@@ -324,10 +331,22 @@ def _text(content: Any) -> str:
 
 
 def _words_of_refusal(answer: Any) -> str | None:
-    refusal = answer.additional_kwargs.get("refusal")
-    if refusal or answer.response_metadata.get("finish_reason") == "content_filter":
-        return f"the model refused: {refusal or 'stopped by the content filter'}"
+    """Beside the content, as a part of it, or as why the answer ended."""
+    parts = [part for part in answer.content if isinstance(part, dict)]
+    words = [part["refusal"] for part in parts if part.get("refusal")]
+    refusal = answer.additional_kwargs.get("refusal") or " ".join(map(str, words))
+    if refusal or _ends(answer) & {"content_filter", "refusal"}:
+        return f"the model refused: {refusal or 'stopped by the provider'}"
     return None
+
+
+def _ends(answer: Any) -> set:
+    """Why the answer ended, in the words of whichever provider."""
+    about = answer.response_metadata
+    names = ("finish_reason", "stop_reason", "done_reason")
+    return {about.get(name) for name in names} | set(
+        (about.get("incomplete_details") or {}).values()
+    )
 
 
 def _cut(text: str) -> str:
