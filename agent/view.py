@@ -137,7 +137,7 @@ def summary(
     if ahead := strategy.unproven(journal.trials):
         lines.append(
             f"{'ahead:':12} trial {ahead.number} by {ahead.differences[0]:+.4f} on one seed, not "
-            f"proven: study.trials={len(journal)} study.hours=null proves it"
+            f"proven: study.trials={len(journal)} study.hours=null puts it to the proof"
         )
     if usage := of_trials(journal.trials):
         lines.append(f"{'model:':12} {in_words(usage)}")

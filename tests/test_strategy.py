@@ -250,7 +250,7 @@ def test_what_is_ahead_and_not_proven_is_told_until_it_is_proven_or_something_is
     assert strategy.unproven(lab(first, best, proof, kept).trials) is None
     text = summary(lab(first, best), Path("none"), "s", None)
     assert "ahead:       trial 2 by +0.0200 on one seed, not proven" in text
-    assert "study.trials=3 study.hours=null proves it" in text
+    assert "study.trials=3 study.hours=null puts it to the proof" in text
 
 
 def test_a_proof_goes_on_with_the_share_of_the_error_budget_that_its_trial_had():
