@@ -371,6 +371,7 @@ class Told:
 SLOW = code("BONUS = 0.0", 'BONUS = -0.3\nBEHAVIOUR = "lingers 1.5"')
 
 
+@pytest.mark.slow
 def test_a_study_asks_for_a_trial_while_the_one_before_it_runs(tmp_path):
     with Told(tmp_path, {1: [SLOW], 2: [value(0.6, wait_s=0.3)]}) as told:
         assert told.run(2) == 0

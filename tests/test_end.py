@@ -49,6 +49,7 @@ def test_hours_are_those_of_trials_and_of_waiting_for_the_model():
     assert End.of(6, None).later == "study.trials=12" and End.of(None, 8).later == "study.hours=16"
 
 
+@pytest.mark.slow
 def test_a_study_of_hours_ends_with_the_trial_in_which_they_run_out_and_goes_on_with_more(tmp_path):
     project = make_project(tmp_path / "project")
     given = [*overrides(0)[1:], "study.trials=null"]

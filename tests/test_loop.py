@@ -257,6 +257,7 @@ def test_second_process_of_the_same_study_is_refused(project, capsys):
         assert "another process runs this study" in refusal(project, capsys)
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_trial_and_the_same_command_goes_on(project):
     script(project, [behave("hang")])
     arguments = overrides(1, "budget.wall_limit_s=1")

@@ -510,6 +510,7 @@ def test_a_study_that_was_killed_goes_on_with_the_same_proposal(told, tmp_path):
     assert len(again) == 6 and again[5].proposal == journal_of(told).trials[5].proposal
 
 
+@pytest.mark.slow
 def test_what_is_ahead_after_one_run_is_proven_by_the_last_trial_and_kept(tmp_path):
     project = make_project(tmp_path / "p")
     script(project, [replace(bonus(0.0, 0.002), source="recipes")])

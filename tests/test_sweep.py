@@ -67,6 +67,7 @@ def job(status, value=None) -> JobReturn:
     return JobReturn(status=status, _return_value=value)
 
 
+@pytest.mark.slow
 def test_one_failed_job_neither_hides_the_others_nor_leaves_the_parent_running(tmp_path, tracking):
     (tmp_path / "config.yaml").write_text(CONFIG)
     (tmp_path / "job.py").write_text(JOB)

@@ -140,6 +140,7 @@ def trainings(project) -> int:
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
+@pytest.mark.slow
 def test_the_base_is_trained_once_for_all_trials_and_for_other_studies(project, capsys):
     script(project, [tuning(0.0, 0.5), values(model__depth=6)])
     assert main(overrides(2, CHAT_STUDY, TWO_SEEDS), project) == 0

@@ -118,6 +118,7 @@ def _open_and_close(path, start, results):
     results.put(run.run_id)
 
 
+@pytest.mark.slow
 def test_four_processes_may_open_an_empty_store_at_once(tmp_path):
     start, results = FORK.Barrier(4), FORK.Queue()
     workers = [FORK.Process(target=_open_and_close, args=(tmp_path, start, results))
@@ -147,6 +148,7 @@ def _own_runs_for_ever(tracking, results):
     time.sleep(600)
 
 
+@pytest.mark.slow
 def test_a_killed_owner_leaves_no_run_running(tmp_path):
     """kill -9 of its whole process group, while a process that it started lives on."""
     results = FORK.Queue()
