@@ -13,7 +13,7 @@ setup: $(VENV)/installed   ## virtual environment with the locked versions
 study: setup     ## a small study on the embedded corpus: baseline and 6 trials, about 10 minutes on 2 cores
 	$(RUN)/nightshift study study.name=$(STUDY)
 
-test: setup      ## the tests: under 3 minutes on 2 cores, no GPU, no network
+test: setup      ## the tests: about 3 minutes on 2 cores, no GPU, no network
 	$(RUN)/python -m pytest
 
 test-all: setup  ## with the slow ones, and those that need a GPU where there is one
