@@ -9,7 +9,7 @@
     real=true    real runs instead of the surrogate (about repeats x runs x 4 s of CPU for a search)
     seed=0
 
-Real runs are read from runs.jsonl (collect.py makes those for the surrogate). Prints tables, writes
+Real runs are read from runs.jsonl.gz (collect.py makes the surrogate's). Prints tables, writes
 benchmarks/out/search/{surrogate,real,nothing}.json; for the surrogate draws docs/img/search.png.
 """
 

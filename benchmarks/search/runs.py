@@ -1,10 +1,11 @@
 """Real short runs of a point: editable values and recipes, on a seed -> val_bpb and CPU seconds.
 
 The setting is small so that hundreds of runs fit into an hour of one core: two layers of width
-64, 40,000 tokens in batches of 512. Runs are remembered in runs.jsonl beside this file, so
+64, 40,000 tokens in batches of 512. Runs are remembered in runs.jsonl.gz beside this file, so
 an interrupted collection goes on, and no search pays twice for a run that another one made.
 """
 
+import gzip
 import json
 import shutil
 import time
@@ -23,7 +24,7 @@ from nightshift.fixed.config import CONF, ROOT, Config, check, flatten, unflatte
 from nightshift.fixed.result import CONFIG_FILE
 
 OUT = Path(__file__).parents[1] / "out" / "search"
-MEMORY = Path(__file__).with_name("runs.jsonl")  # in git: an hour of one core
+MEMORY = Path(__file__).with_name("runs.jsonl.gz")  # in git: hours of one core
 SETTING = [
     "tracking=off", "runtime.num_threads=1", "runtime.progress_bar=false", "runtime.device=cpu",
     "runtime.num_dev_points=0", "evaluate.sample_prompts=[]", "evaluate.max_bytes=60000",
@@ -102,7 +103,7 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         self.memory = MEMORY
         self.known: dict[tuple[Point, int], Score] = {}
-        for line in self.memory.read_text().splitlines() if self.memory.exists() else ():
+        for line in lines_of(self.memory):
             point, seed, score = json.loads(line)
             self.known[Point(tuple(map(tuple, point[0])), tuple(point[1])), seed] = Score(*score)
         self.starter: Starter | None = None
@@ -118,7 +119,7 @@ class Runner:
         if (point, seed) not in self.known:
             score = self.run(point, seed)
             self.known[point, seed] = score
-            with open(self.memory, "a") as file:
+            with gzip.open(self.memory, "at") as file:
                 file.write(json.dumps([point, seed, score]) + "\n")
         return self.known[point, seed]
 
@@ -156,6 +157,13 @@ class Runner:
                 (tree / path).write_text(text, encoding="utf-8")
             shutil.copy(Path(__file__).parent / "short_run.py", tree / "src")
         return tree
+
+
+def lines_of(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    with gzip.open(path, "rt") as file:
+        return file.readlines()
 
 
 def digest_of(texts: dict[str, str]) -> str:
